@@ -1,0 +1,39 @@
+# make install   environment in .venv (again only when its pins change)
+# make demo      a small model through every stage, on this machine
+# make test      tests that need no GPU
+# make lint      ruff, mypy, shellcheck
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install warm demo test lint clean
+demo: install
+	$(BIN)/llmscale pipeline experiment=demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launchers/*.sh slurm/*.sbatch
+
+install: $(STAMP)
+
+# pip's own configuration says which build of torch it takes. DS_BUILD_OPS=0: DeepSpeed's sdist compiles nothing now.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "llmscale needs Python 3.11 or newer, \
+	and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make install PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(MAKE) warm
+	touch $@
+
+# DeepSpeed compiles its CPU communication on first use (half a minute, g++): once here, not in the first run.
+warm:
+	$(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

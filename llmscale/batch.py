@@ -1,0 +1,114 @@
+"""What travels between rooms: examples read from files, trajectories sampled from a policy, and the batches of
+tensors that an engine runs on.
+
+Legend: B rows, T tokens of a row, K completions of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """One training sequence. `loss_mask[t]` says whether token t is a target (it is predicted from tokens < t).
+
+    A packed row holds several documents; its `position_ids` restart at 0 where one begins.
+    """
+
+    token_ids: np.ndarray  # int64 [T]
+    loss_mask: np.ndarray  # bool [T]
+    position_ids: np.ndarray | None = None  # int64 [T]; None means 0..T-1
+
+
+@dataclass(frozen=True)
+class RankedExample:
+    """K completions of one prompt with their ranks: 1 is best, equal numbers are tied."""
+
+    sequences: tuple[np.ndarray, ...]  # K arrays, int64 [T_k]: prompt and completion, ready for the reward model
+    ranks: tuple[int, ...]  # K
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to sample from, already in token ids, with whatever the data knew about it (a reference answer)."""
+
+    token_ids: np.ndarray  # int64 [T]
+    text: str  # as a person would read it, for rewards and for samples.jsonl
+    fields: Mapping[str, Any] = field(default_factory=dict)  # the columns of its record
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled sequence, prompt first. Arrays have one entry for each token of the whole sequence.
+
+    `loss_mask` is True on tokens that the policy produced and False on prompt, tool and user tokens; where it is
+    False, `rollout_logprobs` is 0 and `weight_versions` is -1.
+    """
+
+    draw_id: int  # which draw of a prompt this belongs to; unique over the run
+    sample_index: int  # 0 .. group_size - 1 within the draw
+    token_ids: np.ndarray  # int64 [T]
+    loss_mask: np.ndarray  # bool [T]
+    rollout_logprobs: np.ndarray  # float32 [T], natural log, of the distribution that was sampled from
+    weight_versions: np.ndarray  # int32 [T], version of the weights that produced the token
+    finished: bool  # the policy ended it; False: cut off at the length limit
+    prompt: Prompt
+    completion: str  # decoded, special tokens left out
+
+    @property
+    def completion_len(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass
+class Batch:
+    """One micro-batch of right-padded rows, and how many elements each loss term counts in it.
+
+    `tensors` holds `input_ids` and `position_ids` [B, T] and whatever else the objective put there. No attention
+    mask: padding stands on the right, where a causal model never looks back from, and packed rows are told apart
+    by restarting positions (an all-ones mask would let documents see each other).
+    """
+
+    tensors: dict[str, Tensor]
+    counts: dict[str, float] = field(default_factory=dict)  # loss term -> elements (tokens, sequences or pairs)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}, self.counts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.tensors["lengths"].sum())
+
+
+def pad_rows(rows: list[np.ndarray], value: float | int | bool = 0) -> Tensor:
+    """Stack ragged rows [T_i] into [B, T], padded on the right with `value`; no rows give one of [1, 1]."""
+    length = max((len(row) for row in rows), default=1)
+    dtype = rows[0].dtype if rows else np.int64
+    out = np.full((max(len(rows), 1), length), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+def token_tensors(rows: list[np.ndarray], position_ids: list[np.ndarray | None] | None = None) -> dict[str, Tensor]:
+    """`input_ids`, `position_ids` [B, T] and `lengths` [B] of right-padded rows. Padding continues a row's positions,
+    so that it is never taken for the start of another document."""
+    input_ids = pad_rows(rows)
+    positions = torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1)
+    for i, own in enumerate(position_ids or []):
+        if own is not None:
+            positions[i, : len(own)] = torch.from_numpy(own)
+            positions[i, len(own) :] = int(own[-1]) + 1 + torch.arange(input_ids.shape[1] - len(own))
+    lengths = torch.tensor([len(row) for row in rows] or [0])
+    return {"input_ids": input_ids, "position_ids": positions, "lengths": lengths}

@@ -1,0 +1,185 @@
+"""The run directory. It is named by the run, not by the time: the same command resumes, the same name with another
+config is refused with the difference, and a finished run has its result at hand.
+
+    config.yaml   the frozen config            result.json   exists when the run is finished
+    run.json      schema version, origin       .lock         held by the driver as long as it lives
+    checkpoints/  hf/  attempts/<n>/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from llmscale import __version__
+from llmscale.checkpoint.durable import atomic_write_text
+from llmscale.config import difference, to_yaml
+from llmscale.errors import RunError
+
+SCHEMA_VERSION = 1
+_SECRET = re.compile(r"(?i)((?<![a-z0-9])(?:token|secret|password|key)[\"']?\s*[=:]\s*).+", re.DOTALL)
+_SECRET_FLAG = re.compile(r"(?i)-.*(?<![a-z0-9])(?:token|secret|password|key)")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+@dataclass
+class RunDirectory:
+    """An opened run. Nobody else can open it until `close`, or until this object or its process (and what that
+    forked) is gone: keep it."""
+
+    path: Path
+    attempt_dir: Path  # attempts/<n>: logs of this opening
+    lock: IO[str]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        return self.path / "hf"
+
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` was given; None as long as the run is not finished."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        with _explaining(self.path):
+            atomic_write_text(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def close(self) -> None:
+        self.lock.close()
+
+
+def open_run(directory: Path, config: Any) -> RunDirectory:
+    """Create the run or resume it. The driver, or rank 0, calls this; other processes only need the paths.
+
+    Raises: RunError when the directory cannot be written, is in use, or belongs to another config.
+    """
+    with _explaining(directory), ExitStack() as on_failure:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = on_failure.enter_context(_lock(directory))
+        _claim(directory, config)
+        attempt_dir = _next_attempt(directory / "attempts")
+        on_failure.pop_all()
+        return RunDirectory(directory, attempt_dir, lock)
+
+
+@contextmanager
+def _explaining(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"the run directory cannot be used: {error.strerror} ({error.filename or directory})",
+            where=str(directory),
+            fix="Choose a place that this user can write to and that has free space.",
+        ) from error
+
+
+def _lock(directory: Path) -> IO[str]:
+    file = (directory / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise RunError(
+            f"another process ({holder}) is using this run",
+            where=str(directory),
+            fix="Wait for it or end it, or give this run another run.name=...",
+        ) from error
+    except OSError as error:
+        file.close()
+        raise RunError(
+            f"the run directory cannot be locked: {error.strerror}",
+            where=str(directory),
+            fix="Use a file system with flock (Lustre: mounted with -o flock).",
+        ) from error
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _claim(directory: Path, config: Any) -> None:
+    """Write run.json and config.yaml on first use, else compare. config.yaml comes last: with it, both are there."""
+    frozen = directory / "config.yaml"
+    if not frozen.exists():
+        atomic_write_text(directory / "run.json", json.dumps(_origin(), indent=1) + "\n")
+        atomic_write_text(frozen, to_yaml(config))
+        return
+    schema = _schema_version(directory / "run.json")
+    if schema != SCHEMA_VERSION:
+        raise RunError(
+            f"the run directory has schema version {schema}, this program uses {SCHEMA_VERSION}",
+            where=str(directory),
+            fix="Resume with the llmscale version that run.json names, or give this run another run.name=...",
+        )
+    try:
+        old = yaml.safe_load(frozen.read_text(encoding="utf-8"))
+        new = yaml.safe_load(to_yaml(config))  # through YAML on both sides: a tuple reads back as a list
+        changed = difference(old, new)
+    except (yaml.YAMLError, AttributeError) as error:
+        raise RunError(f"this is not a frozen config: {error}", where=str(frozen), fix=_ANOTHER_NAME) from error
+    if changed:
+        listed = "\n".join(f"    {line}" for line in changed[:10])
+        more = f"\n    and {len(changed) - 10} more" if len(changed) > 10 else ""
+        raise RunError(
+            f"this run was started with another config:\n{listed}{more}", where=str(directory), fix=_ANOTHER_NAME
+        )
+
+
+_ANOTHER_NAME = "Give this run another run.name=..., or remove the directory."
+
+
+def _origin() -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "llmscale": __version__,
+        "command": without_secrets(sys.argv),
+    }
+
+
+def _schema_version(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["schema_version"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command line that can be shown. Whatever follows a secret's name in an argument goes, as does the argument
+    after a flag with such a name, and the user part of a URL."""
+    shown: list[str] = []
+    previous = ""
+    for argument in arguments:
+        if _SECRET_FLAG.fullmatch(previous):
+            shown.append("<redacted>")
+        else:
+            shown.append(_CREDENTIALS.sub("<redacted>", _SECRET.sub(r"\1<redacted>", argument)))
+        previous = argument
+    return shown
+
+
+def _next_attempt(attempts: Path) -> Path:
+    attempts.mkdir(exist_ok=True)
+    numbers = [int(path.name) for path in attempts.iterdir() if path.name.isdigit()]
+    attempt = attempts / str(max(numbers, default=0) + 1)
+    attempt.mkdir()
+    return attempt

@@ -1,0 +1,58 @@
+"""Where workers run and what each of them gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from llmscale.config import Problem, at_least
+
+
+class Backend(Enum):
+    local = "local"  # everything in this process: for debugging, and for one small device
+    ray = "ray"  # one Ray actor per worker, each role in its own pool
+
+
+class Placement(Enum):
+    pack = "PACK"  # workers of a pool on as few nodes as possible
+    spread = "SPREAD"  # on as many as possible
+
+
+@dataclass
+class PoolConfig:
+    """One role's workers and the resources of each."""
+
+    num_workers: int = 1
+    num_cpus: float = 1.0  # per worker; a share of a core is fine
+    num_gpus: float = 0.0  # per worker
+    resources: dict[str, float] = field(default_factory=dict)  # custom Ray resources per worker
+    placement: Placement = Placement.pack
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, num_workers=1, num_cpus=0, num_gpus=0)
+
+
+@dataclass
+class ClusterConfig:
+    """Supervised stages use the pool `trainer`; RLHF uses the other five."""
+
+    backend: Backend = Backend.local
+    address: str | None = None  # of a running Ray cluster; None: one is started on this machine
+    threads_per_worker: int = 1  # CPU threads of torch in each worker
+    start_timeout_s: float = 120.0  # longest wait for a pool to come up
+    collective_timeout_s: float = 300.0  # longest wait inside one collective before its ranks give up
+    trainer: PoolConfig = field(default_factory=PoolConfig)
+    policy: PoolConfig = field(default_factory=PoolConfig)
+    critic: PoolConfig = field(default_factory=PoolConfig)
+    reference: PoolConfig = field(default_factory=PoolConfig)
+    reward: PoolConfig = field(default_factory=PoolConfig)
+    rollout: PoolConfig = field(default_factory=PoolConfig)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
+        if self.backend is Backend.local:
+            for role in ("policy", "critic", "reference", "reward", "rollout"):
+                if getattr(self, role).num_workers > 1:
+                    what = "the local backend runs one worker of each role"
+                    yield f"{role}.num_workers", what, "Add cluster=ray, or leave it at 1."

@@ -1,0 +1,60 @@
+"""Pools of workers, one pool a role. A worker is a plain object (a role); a pool calls its methods on several of them.
+
+Methods are named by the function itself, `pool.call(PolicyRole.update, ...)`, never by a string, so that editors and type
+checkers follow the call. Every call returns at once with a `Pending`; results come in the order of workers or units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from llmscale.cluster.config import Backend, ClusterConfig
+
+R = TypeVar("R")
+
+
+class Pending(Protocol):
+    """Work that was started."""
+
+    def wait(self) -> list[Any]:
+        """Results in order.
+
+        Raises: the worker's own LlmscaleError, or a WorkerError that names role and rank.
+        """
+        ...
+
+
+class WorkerPool(Protocol, Generic[R]):
+    """`num_workers` workers that each hold one role object."""
+
+    num_workers: int
+
+    def call(self, method: Callable[..., Any], *args: Any) -> Pending:
+        """The same call on every worker; one result a worker. Collective methods of roles are called this way."""
+        ...
+
+    def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Pending:
+        """`method(part)` on every worker with its part of the items, even an empty one; one result an item, in order."""
+        ...
+
+    def units(self, method: Callable[..., Any], units: Sequence[Any]) -> Pending:
+        """`method(unit)` for each unit on whichever worker is free; one result a unit. What a unit holds must not depend
+        on the number of workers: then neither do its results."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_pools(cluster: ClusterConfig, roles: dict[str, Callable[[], Any]], log_dir: str) -> dict[str, WorkerPool[Any]]:
+    """One pool for each role; `roles` maps its name (a field of ClusterConfig) to what builds the role object on a worker.
+
+    Raises: ClusterError when the cluster lacks the resources.
+    """
+    if cluster.backend is Backend.local:
+        from llmscale.cluster.local import LocalPool
+
+        return {name: LocalPool(name, build) for name, build in roles.items()}
+    from llmscale.cluster.ray import open_ray_pools
+
+    return open_ray_pools(cluster, roles, log_dir)

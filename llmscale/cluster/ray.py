@@ -1,0 +1,266 @@
+"""Pools of Ray actors. An actor is a shell round a role: it sets up its process, builds the role and calls its methods.
+
+Ray is started on loopback when no address is given; workers die with the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when ray is imported. A token of this run's own, in the environment only: another user of the machine must not be
+# able to run code in our workers.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if "RAY_AUTH_MODE" not in os.environ:
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from llmscale.cluster.config import ClusterConfig, PoolConfig
+from llmscale.errors import ClusterError, LlmscaleError, WorkerError
+
+LOOPBACK = "127.0.0.1"
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Shell:
+    """The process of one worker."""
+
+    def setup(self, rank: int, size: int, master: tuple[str, int], threads: int, log_file: str) -> None:
+        """Place of this worker in its pool, as torch.distributed and DeepSpeed read it from the environment."""
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log, stream.fileno())
+        address, port = master
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR=address, MASTER_PORT=str(port), LOCAL_SIZE=str(size)
+        )
+        # Ray shows an actor its own GPUs only, so the local rank is always 0 there.
+        os.environ["LOCAL_RANK"] = "0" if os.environ.get("CUDA_VISIBLE_DEVICES") else str(rank)
+        if address == LOOPBACK:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can be reached: this node and a port that is free now."""
+        node = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((node, 0))
+            return node, probe.getsockname()[1]
+
+    def build(self, role: Callable[[], Any]) -> None:
+        self.role = role()
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        return getattr(self.role, method)(*args)
+
+
+@dataclass
+class RayPending:
+    pool: RayPool
+    refs: list[ray.ObjectRef]
+    ranks: list[int]
+
+    def wait(self) -> list[Any]:
+        return self.pool.get(self.refs, self.ranks)
+
+
+@dataclass
+class RayParts:
+    """Results of interleaved parts, put back in order."""
+
+    pending: RayPending
+    num_items: int
+
+    def wait(self) -> list[Any]:
+        results: list[Any] = [None] * self.num_items
+        for rank, part in enumerate(parts := self.pending.wait()):
+            results[rank :: len(parts)] = part
+        return results
+
+
+@dataclass
+class RayUnits:
+    """Units go to workers as these become free; at most one is in flight on each, so a slow one delays only itself."""
+
+    pool: RayPool
+    method: str
+    units: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        self.results: list[Any] = [None] * len(self.units)
+        self.waiting = list(range(len(self.units)))
+        self.running: dict[ray.ObjectRef, tuple[int, int]] = {}
+        for rank in range(self.pool.num_workers):
+            self._start_next(rank)
+
+    def wait(self) -> list[Any]:
+        while self.running:
+            (ready,), _ = ray.wait(list(self.running), num_returns=1)
+            index, rank = self.running.pop(ready)
+            self.results[index] = self.pool.get([ready], [rank])[0]
+            self._start_next(rank)
+        return self.results
+
+    def _start_next(self, rank: int) -> None:
+        if self.waiting:
+            index = self.waiting.pop(0)
+            self.running[self.pool.actors[rank].call.remote(self.method, (self.units[index],))] = (index, rank)
+
+
+class RayPool:
+    """`llmscale.cluster.pool.WorkerPool` of Ray actors in one placement group."""
+
+    def __init__(self, role: str, config: PoolConfig, threads: int, group: PlacementGroup, log_dir: str):
+        self.role, self.num_workers, self.group = role, config.num_workers, group
+        self.log_dir = log_dir
+        variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        actor = ray.remote(Shell).options(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            resources=dict(config.resources),
+            runtime_env={"env_vars": variables},
+            max_concurrency=1,
+        )
+        self.actors = [
+            actor.options(
+                name=f"{role}-{rank}",
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            ).remote()
+            for rank in range(self.num_workers)
+        ]
+        self.threads = threads
+
+    def start(self, build: Callable[[], Any]) -> list[ray.ObjectRef]:
+        """Set up every worker and begin to build its role; returns what to wait for."""
+        master = self.get([self.actors[0].address.remote()], [0])[0]
+        for rank, actor in enumerate(self.actors):
+            actor.setup.remote(rank, self.num_workers, master, self.threads, f"{self.log_dir}/{self.role}-{rank}.log")
+        return [actor.build.remote(build) for actor in self.actors]
+
+    def call(self, method: Callable[..., Any], *args: Any) -> RayPending:
+        refs = [actor.call.remote(method.__name__, args) for actor in self.actors]
+        return RayPending(self, refs, list(range(self.num_workers)))
+
+    def map(self, method: Callable[..., Any], items: Sequence[Any]) -> RayParts:
+        parts = [list(items[rank :: self.num_workers]) for rank in range(self.num_workers)]
+        refs = [a.call.remote(method.__name__, (part,)) for a, part in zip(self.actors, parts, strict=True)]
+        return RayParts(RayPending(self, refs, list(range(self.num_workers))), len(items))
+
+    def units(self, method: Callable[..., Any], units: Sequence[Any]) -> RayUnits:
+        return RayUnits(self, method.__name__, units)
+
+    def get(self, refs: list[ray.ObjectRef], ranks: list[int]) -> list[Any]:
+        """Results in order; the first failure of any of them at once, since its peers may wait for it for ever."""
+        pending = dict(zip(refs, ranks, strict=True))
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1)
+            rank = pending.pop(ready[0])
+            try:
+                ray.get(ready[0])
+            except RayTaskError as error:
+                raise self._explained(error, rank) from error
+            except RayActorError as error:
+                raise WorkerError("this worker died", where=f"{self.role} {rank}", fix=self._see_log(rank)) from error
+        return ray.get(refs)
+
+    def close(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _explained(self, error: RayTaskError, rank: int) -> LlmscaleError:
+        if isinstance(error.cause, LlmscaleError):
+            return error.cause
+        what = f"{type(error.cause).__name__}: {error.cause}"
+        return WorkerError(what, where=f"{self.role} {rank}", fix=self._see_log(rank))
+
+    def _see_log(self, rank: int) -> str:
+        return f"Its log: {self.log_dir}/{self.role}-{rank}.log"
+
+
+def open_ray_pools(cluster: ClusterConfig, roles: dict[str, Callable[[], Any]], log_dir: str) -> dict[str, RayPool]:
+    """Connect to Ray or start it here, reserve a placement group for each role, and build every role at the same time."""
+    configs: dict[str, PoolConfig] = {name: getattr(cluster, name) for name in roles}
+    _connect(cluster, configs)
+    _check_resources(configs)
+    deadline = time.monotonic() + cluster.start_timeout_s
+    groups = {name: placement_group(_bundles(c), strategy=c.placement.value) for name, c in configs.items()}
+    for name, group in groups.items():
+        if not group.wait(max(1.0, deadline - time.monotonic())):
+            raise ClusterError(
+                f"no place was found in {cluster.start_timeout_s:.0f} s for {_needs(configs[name])}",
+                where=f"cluster.{name}",
+                fix="Another job may hold what it needs; or lower what this pool asks for.",
+            )
+    threads = cluster.threads_per_worker
+    pools = {name: RayPool(name, c, threads, groups[name], log_dir) for name, c in configs.items()}
+    building = [(pool, pool.start(roles[name])) for name, pool in pools.items()]
+    for pool, refs in building:
+        pool.get(refs, list(range(pool.num_workers)))
+    return pools
+
+
+def shut_down() -> None:
+    """End Ray and every worker that this process started; safe to call when there is none."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
+    if cluster.address is not None:
+        try:
+            ray.init(address=cluster.address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ClusterError(f"cannot connect to Ray: {error}", where="cluster.address") from error
+        return
+    # On one machine CPUs are shares that we hand out ourselves; GPUs are what is there.
+    wanted = sum(c.num_workers * c.num_cpus for c in configs.values())
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, int(-(-wanted // 1))),
+        include_dashboard=False,
+        _node_ip_address=LOOPBACK,
+        **quiet,
+    )
+
+
+def _check_resources(configs: dict[str, PoolConfig]) -> None:
+    """Raises: ClusterError naming the first role that cannot be placed, what it lacks and what the cluster has."""
+    left = dict(ray.cluster_resources())
+    for name, config in configs.items():
+        per_worker = {"CPU": config.num_cpus, "GPU": config.num_gpus} | dict(config.resources)
+        for resource, amount in per_worker.items():
+            needed, has = amount * config.num_workers, left.get(resource, 0.0)
+            if needed > has:
+                total = ray.cluster_resources().get(resource, 0.0)
+                raise ClusterError(
+                    f"{config.num_workers} workers need {needed:g} {resource}, the cluster has {total:g}, {has:g} left",
+                    where=f"cluster.{name}",
+                    fix="Lower num_workers or what each worker gets, or add nodes.",
+                )
+            left[resource] = has - needed
+
+
+def _bundles(config: PoolConfig) -> list[dict[str, float]]:
+    bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus} | dict(config.resources)
+    return [{name: amount for name, amount in bundle.items() if amount}] * config.num_workers
+
+
+def _needs(config: PoolConfig) -> str:
+    return f"{config.num_workers} workers with {_bundles(config)[0]}"

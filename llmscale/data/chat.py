@@ -1,0 +1,152 @@
+"""The one place where conversations become tokens, for training, sampling and evaluation alike.
+
+An assistant's turn is tokenized apart from what stands before it and appended, because that is what happens when a
+model generates: it goes on from the prompt's tokens, and no merge crosses the boundary. So for every turn i of the
+assistant's, `render(messages[: i + 1])` starts with exactly the tokens of `render_prompt(messages[:i])`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from llmscale.batch import TokenExample
+from llmscale.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ROLES = ("system", "user", "assistant")
+
+DEFAULT_CHAT_TEMPLATE = """\
+{%- if bos_token %}{{ bos_token }}{% endif %}
+{%- for message in messages %}
+{{- '<|' ~ message.role ~ '|>' ~ message.content ~ eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters; content that has them is held back too
+_PLACEHOLDER = rf"{_OPEN}\d+{_CLOSE}"
+
+
+Message = dict[str, str]  # `role`, one of ROLES, and `content`
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text, nothing added. Without `special_tokens`, their names in a text are ordinary characters:
+    a web page that says <|eos|> does not end there."""
+    if not texts:
+        return []
+    split = not special_tokens
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split, verbose=False)["input_ids"]
+
+
+class ChatRenderer:
+    """Renders conversations by the tokenizer's own chat template. A tokenizer that has none gets the default one, which
+    is then saved with it.
+
+    Raises: ModelError for a template that ends no assistant's turn with a special token, or that changes earlier turns
+    when a later one is added (a mask could not tell what the model had written).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            if tokenizer.eos_token is None:
+                raise ModelError("the tokenizer has neither a chat template nor an end-of-sequence token")
+            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        self._special_tokens = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.end_token = self._find_end_token()
+        self.end_token_id = cast(int, tokenizer.convert_tokens_to_ids(self.end_token))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a completion: the template's end of turn and the tokenizer's end of sequence."""
+        return sorted({self.end_token_id, cast(int, self.tokenizer.eos_token_id or self.end_token_id)})
+
+    def render(self, messages: Sequence[Message]) -> TokenExample:
+        """The whole conversation; targets are the assistant's tokens with the one that ends its turn."""
+        pieces = list(self._pieces(messages, generation_prompt=False))
+        token_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
+        return TokenExample(token_ids, np.concatenate([np.full(len(ids), target) for ids, target in pieces]))
+
+    def render_prompt(self, messages: Sequence[Message]) -> np.ndarray:
+        """int64 [T]: the conversation up to where the assistant begins to write."""
+        pieces = self._pieces(messages, generation_prompt=True)
+        return np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
+
+    def decode(self, token_ids: np.ndarray | list[int]) -> str:
+        """Text without special tokens."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)
+
+    def _pieces(self, messages: Sequence[Message], generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
+        """Token ids by turns, and whether the assistant wrote them. What a template puts after the token that ends the
+        assistant's turn (often a newline) belongs to the next prompt."""
+        messages, held_back = self._hold_back(messages)
+        done, start = "", 0  # the text that has been tokenized, and the first message that has not
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._text(messages[:i], generation_prompt=True)
+            answer = _continued(prompt, self._text(messages[: i + 1], generation_prompt=False))
+            written, end, _ = answer.rpartition(self.end_token)
+            yield self._encode(_continued(done, prompt), held_back), False
+            yield self._encode(written + end, held_back), True
+            done, start = prompt + written + end, i + 1
+        if generation_prompt or start < len(messages):
+            yield self._encode(_continued(done, self._text(messages, generation_prompt)), held_back), False
+
+    def _hold_back(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Content that spells a special token goes through the template as a placeholder and is tokenized as ordinary
+        characters, so that no message can forge a turn. Placeholder -> content."""
+        safe, held_back = [], {}
+        for i, message in enumerate(messages):
+            content = message["content"]
+            if any(token in content for token in self._special_tokens) or _OPEN in content:
+                placeholder = f"{_OPEN}{i}{_CLOSE}"
+                held_back[placeholder] = content
+                message = Message(role=message["role"], content=placeholder)
+            safe.append(message)
+        return safe, held_back
+
+    def _text(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
+            return cast(str, text)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from error
+
+    def _encode(self, text: str, held_back: Mapping[str, str]) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(re.split(f"({_PLACEHOLDER})", text)):
+            is_content = i % 2 == 1
+            if part:
+                part = held_back[part] if is_content else part
+                ids += encode(self.tokenizer, [part], special_tokens=not is_content)[0]
+        return ids
+
+    def _find_end_token(self) -> str:
+        question, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
+        prompt = self._text([question], generation_prompt=True)
+        written = _continued(prompt, self._text([question, answer], generation_prompt=False))
+        found = {written.rfind(token): token for token in self._special_tokens if token in written.partition("b")[2]}
+        if not found:
+            what = "the chat template does not end the assistant's turn with a special token, so a model cannot stop"
+            raise ModelError(what, fix="Add {{ eos_token }} after the assistant's content in the template.")
+        return found[max(found)]
+
+
+def _continued(before: str, text: str) -> str:
+    """What `text` adds to `before`."""
+    if not text.startswith(before):
+        what = "the chat template changes earlier turns when a later one is added"
+        raise ModelError(what, fix="Use a template that renders each turn once and for all.")
+    return text[len(before) :]

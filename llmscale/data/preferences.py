@@ -1,0 +1,102 @@
+"""Records of ranked completions (pairs or K of them) as sequences for the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from llmscale.batch import RankedExample
+from llmscale.data.chat import ChatRenderer, Message
+from llmscale.data.config import DataConfig, TooLong
+from llmscale.data.conversations import question, too_long_error, turn
+from llmscale.data.report import Report
+from llmscale.data.sources import Record, columns_hint, located
+from llmscale.errors import DataError
+
+MIN_COMPLETIONS, MAX_COMPLETIONS = 2, 9
+
+
+def ranked_examples(
+    records: Iterable[Record], config: DataConfig, renderer: ChatRenderer, report: Report
+) -> list[RankedExample]:
+    """One example a record: the conversation so far with each of its completions."""
+    examples = []
+    for record in records:
+        report.records += 1
+        messages, completions, ranks = ranking(record, config)
+        with located(record):
+            rendered = [renderer.render([*messages, Message(role="assistant", content=c)]) for c in completions]
+            sequences = _fitted([example.token_ids for example in rendered], ranks, config, report)
+        if sequences is not None:
+            report.tied += len(set(ranks)) == 1
+            report.tokens += sum(map(len, sequences))
+            examples.append(RankedExample(tuple(sequences), tuple(ranks)))
+    return examples
+
+
+def _fitted(
+    sequences: list[np.ndarray], ranks: list[int], config: DataConfig, report: Report
+) -> list[np.ndarray] | None:
+    length, limit = max(map(len, sequences)), config.max_seq_len
+    if length <= limit:
+        return sequences
+    if config.too_long is TooLong.error:
+        raise too_long_error(length, limit)
+    cut = [sequence[:limit] for sequence in sequences]
+    best, worst = (cut[ranks.index(extreme)] for extreme in (min(ranks), max(ranks)))
+    # Cut before they differ, they would be equal sequences of different rank.
+    if config.too_long is not TooLong.truncate or (len(set(ranks)) > 1 and np.array_equal(best, worst)):
+        report.dropped_too_long += 1
+        return None
+    report.truncated += 1
+    return cut
+
+
+def ranking(record: Record, config: DataConfig) -> tuple[list[Message], list[str], list[int]]:
+    """The conversation so far, the completions, and their ranks (1 is best).
+
+    Raises: DataError for fewer than 2 or more than 9 completions, or ranks that do not fit them.
+    """
+    messages, shape = question(record, config)
+    if messages[-1]["role"] == "assistant":
+        what = (
+            f"the conversation in {shape.question!r} ends with the assistant's turn, so its completions answer nothing"
+        )
+        raise DataError(what, where=record.where, fix="End it with the user's turn.")
+    if "completions" in record.fields:
+        completions = [_completion(c, record, f"completions[{i}]") for i, c in enumerate(_list(record, "completions"))]
+        return messages, completions, _ranks(record, len(completions))
+    if "chosen" not in record.fields:
+        fix = columns_hint("chosen", record.fields)
+        raise DataError("there is neither chosen and rejected nor completions and ranks", where=record.where, fix=fix)
+    return messages, [_completion(record.value(name), record, name) for name in ("chosen", "rejected")], [1, 2]
+
+
+def _ranks(record: Record, num_completions: int) -> list[int]:
+    ranks = _list(record, "ranks")
+    if not MIN_COMPLETIONS <= num_completions <= MAX_COMPLETIONS:
+        what = f"a ranking needs {MIN_COMPLETIONS} to {MAX_COMPLETIONS} completions, this one has {num_completions}"
+        raise DataError(what, where=record.where, fix="Drop or split the record.")
+    if len(ranks) != num_completions:
+        what = f"there are {num_completions} completions and {len(ranks)} ranks"
+        raise DataError(what, where=record.where, fix="Give one rank to each completion.")
+    if any(type(rank) is not int or rank < 1 for rank in ranks):  # a bool is an int to isinstance
+        raise DataError(f"ranks must be whole numbers from 1 (best), are {ranks!r:.60}", where=record.where)
+    return ranks
+
+
+def _list(record: Record, name: str) -> list:
+    value = record.value(name)
+    if not isinstance(value, list):
+        raise DataError(f"column {name!r} must be a list", where=record.where)
+    return value
+
+
+def _completion(value: object, record: Record, name: str) -> str:
+    if isinstance(value, str):
+        return value
+    message = turn(value, record, name)
+    if message["role"] != "assistant":
+        raise DataError(f"{name} must be the assistant's, is the {message['role']}'s", where=record.where)
+    return message["content"]

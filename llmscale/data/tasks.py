@@ -1,0 +1,141 @@
+"""Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
+
+`task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with people,
+the demonstrations are imperfect: their writers often put a repeated letter down only once, and sometimes swap two
+neighbours. Those who rank completions compare them with the right answer, so the rankings know better; that difference
+is what RLHF is for. Words of the splits `test` and the others never overlap.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+from zlib import crc32
+
+from llmscale.errors import DataError
+
+TASK = "task:"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORD_LENGTH = (3, 7)
+WRITES_REPEATS_ONCE = 0.6  # of the demonstrations whose word repeats a letter
+SWAPS_NEIGHBOURS = 0.2  # of all demonstrations
+SIZES = {"pretrain": 20_000, "sft": 4_000, "rankings": 4_000, "prompts": 8_000, "test": 512}
+
+
+def read_task(source: str) -> Iterator[dict[str, Any]]:
+    """The records of a split, the same ones for the same seed.
+
+    Raises: DataError for a task, split or option that there is not.
+    """
+    parts = urlsplit(source.removeprefix(TASK))
+    name, _, split = parts.path.partition("/")
+    given = dict(parse_qsl(parts.query))
+    if name != "sorting" or split not in SIZES:
+        known = ", ".join(f"{TASK}sorting/{s}" for s in SIZES)
+        raise DataError("there is no such task or split", where=source, fix=f"There is: {known}.")
+    if not set(given) <= {"seed", "size"} or not all(value.isdigit() for value in given.values()):
+        raise DataError("a task takes seed and size, whole numbers", where=source, fix="?seed=0&size=1000")
+    rng = random.Random(f"{source.partition('?')[0]} {given.get('seed', 0)}")  # a string: seeded by its SHA-512
+    for _ in range(int(given.get("size", SIZES[split]))):
+        word = _word(rng, held_out=split == "test")
+        yield _RECORDS[split](rng, word)
+
+
+def prompt_of(word: str) -> str:
+    return f"sort {word}"
+
+
+def answer_of(word: str) -> str:
+    return "".join(sorted(word))
+
+
+def demonstration(rng: random.Random, word: str) -> str:
+    """What a person would have written."""
+    answer = answer_of(word)
+    if len(set(word)) < len(word) and rng.random() < WRITES_REPEATS_ONCE:
+        answer = "".join(sorted(set(word)))
+    return _swapped(rng, answer) if rng.random() < SWAPS_NEIGHBOURS else answer
+
+
+def _word(rng: random.Random, held_out: bool) -> str:
+    """A word of few different letters, so that repeats are common; a tenth of all words is held out by its checksum."""
+    while True:
+        length = rng.randint(*WORD_LENGTH)
+        letters = rng.sample(LETTERS, k=rng.randint(2, length))
+        word = "".join(rng.choice(letters) for _ in range(length))
+        if (crc32(word.encode()) % 10 == 0) == held_out:
+            return word
+
+
+def _text(rng: random.Random, word: str) -> dict[str, Any]:
+    """Raw text about letters and their order, without the form of a conversation."""
+    answer, start = answer_of(word), rng.randrange(20)
+    return {
+        "text": rng.choice(
+            [
+                f"in order, {word} is {answer}",
+                f"{word} in order: {answer}",
+                f"{answer} has its letters in order, {word} may not",
+                f"the letters of {word} are {' '.join(word)}",
+                f"from {LETTERS[start]} on: {LETTERS[start : start + 6]}",
+            ]
+        )
+    }
+
+
+def _pair(rng: random.Random, word: str) -> dict[str, Any]:
+    return {"prompt": prompt_of(word), "completion": demonstration(rng, word)}
+
+
+def _ranking(rng: random.Random, word: str) -> dict[str, Any]:
+    """Four attempts of different care, ranked by how far they are from the right answer; equal ones are tied."""
+    answer = answer_of(word)
+    attempts = [demonstration(rng, word), answer]
+    attempts += [_spoiled(rng, rng.choice(attempts), rng.randint(1, 2)) for _ in range(2)]
+    rng.shuffle(attempts)
+    distances = [edit_distance(a, answer) for a in attempts]
+    order = sorted(set(distances))
+    ranks = [order.index(d) + 1 for d in distances]
+    return {"prompt": prompt_of(word), "completions": attempts, "ranks": ranks, "answer": answer}
+
+
+def _prompt(rng: random.Random, word: str) -> dict[str, Any]:
+    return {"prompt": prompt_of(word), "answer": answer_of(word)}
+
+
+def _swapped(rng: random.Random, text: str) -> str:
+    if len(text) < 2:
+        return text
+    i = rng.randrange(len(text) - 1)
+    return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
+
+
+def _spoiled(rng: random.Random, text: str, num_edits: int) -> str:
+    """Random slips: a swap, a letter lost, doubled or mistaken."""
+    for _ in range(num_edits):
+        i = rng.randrange(len(text))
+        kind = rng.randrange(4)
+        if kind == 0:
+            text = _swapped(rng, text)
+        elif kind == 1 and len(text) > 1:
+            text = text[:i] + text[i + 1 :]
+        elif kind == 2:
+            text = text[:i] + text[i] + text[i:]
+        else:
+            text = text[:i] + rng.choice(LETTERS) + text[i + 1 :]
+    return text
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: fewest insertions, deletions and substitutions."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+_RECORDS = {"pretrain": _text, "sft": _pair, "rankings": _ranking, "prompts": _prompt, "test": _prompt}

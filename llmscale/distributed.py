@@ -1,0 +1,88 @@
+"""The process group: joining it, and the few collectives that engines need. In one process every collective is a no-op,
+so that callers need no second path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks of its pool."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def device() -> torch.device:
+    """The device of this process: its own CUDA device where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def world_from_environment() -> World:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun or our own pools set them; srun's names where they are absent."""
+    env = os.environ
+    rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
+    size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", "1")))
+    return World(rank, size, int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))))
+
+
+def join(timeout_s: float) -> World:
+    """Join the process group that the environment describes; one process alone needs none."""
+    world = world_from_environment()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if world.size > 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s))
+    return world
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(values: Mapping[str, float], op: str = "sum") -> dict[str, float]:
+    """Sum or maximum over ranks of named numbers (float64); every rank gives the same names in any order."""
+    if world_size() == 1:
+        return dict(values)
+    names = sorted(values)
+    packed = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device())
+    dist.all_reduce(packed, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return dict(zip(names, packed.tolist(), strict=True))
+
+
+def gather(items: Sequence[object]) -> list[object]:
+    """The lists of all ranks joined in rank order, on every rank."""
+    if world_size() == 1:
+        return list(items)
+    parts: list[list[object]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]

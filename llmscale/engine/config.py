@@ -1,0 +1,75 @@
+"""How a model is trained: by plain PyTorch in one process, or sharded over ranks by DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from llmscale.config import Problem, at_least, option
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"  # forward and backward in bfloat16, optimizer state and master weights in fp32
+
+
+@dataclass
+class EngineConfig:
+    """What every engine knows."""
+
+    name: str = MISSING
+    precision: Precision = Precision.fp32
+    micro_batch_size: int = (
+        8  # examples of one forward and backward on one rank; changes memory and speed, not the loss
+    )
+    activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third more time
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, micro_batch_size=1)
+
+
+@option("engine", "single", builds="llmscale.engine.single:SingleEngine")
+@dataclass
+class SingleConfig(EngineConfig):
+    """Ordinary PyTorch in one process: the reference that the other engines must equal."""
+
+    name: str = "single"
+
+
+# Values of DeepSpeed's JSON that the typed config decides, and where to set them instead.
+OWNED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and engine.micro_batch_size",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+
+
+@option("engine", "deepspeed", builds="llmscale.engine.deepspeed:DeepSpeedEngine")
+@dataclass
+class DeepSpeedConfig(EngineConfig):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
+
+    name: str = "deepspeed"
+    zero_stage: int = 2  # 1 shards optimizer state, 2 gradients too, 3 weights too
+    overrides: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own JSON, merged under what is typed here
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.zero_stage not in (1, 2, 3):
+            yield "zero_stage", f"must be 1, 2 or 3, is {self.zero_stage}", "Stage 0 is engine=single."
+        for path, instead in OWNED.items():
+            node: Any = self.overrides
+            for key in path.split("."):
+                node = node.get(key) if isinstance(node, dict) else None
+            if node is not None:
+                yield f"overrides.{path}", "this value belongs to the typed config", f"Set {instead}."

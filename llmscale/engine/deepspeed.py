@@ -1,0 +1,166 @@
+"""DeepSpeed ZeRO behind the same interface as `engine/single.py`, and with its numbers.
+
+DeepSpeed averages gradients over ranks and wants to divide by accumulation steps. Here each micro-batch's loss is
+already its share of the step's global mean (`engine/accounting.py`), so it is multiplied by the number of ranks to undo
+the first, and the second is switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmscale import distributed
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences a warning
+
+import deepspeed
+
+from llmscale.batch import Batch
+from llmscale.engine.accounting import (
+    StepTotals,
+    check_grad_norm,
+    empty_rows,
+    parameter_buckets,
+    same_number_on_all_ranks,
+)
+from llmscale.engine.config import DeepSpeedConfig, Precision
+from llmscale.errors import CheckpointError
+from llmscale.models.loading import Model, save_hf
+from llmscale.optim.build import build_optimizer, set_learning_rate
+from llmscale.optim.config import OptimConfig
+from llmscale.optim.schedule import learning_rate
+from llmscale.protocols import Forward, Objective
+
+TAG = "deepspeed"  # folder of its files inside a checkpoint
+deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+class DeepSpeedEngine:
+    """`llmscale.protocols.TrainEngine` sharded over the ranks of the process group."""
+
+    def __init__(self, config: DeepSpeedConfig, model: Model, optim: OptimConfig, total_steps: int):
+        self.config, self.optim, self.total_steps = config, optim, total_steps
+        self.device = distributed.device()
+        self.model = model.to(self.device)
+        if config.activation_checkpointing:
+            self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        _join_group(self.device)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            optimizer=build_optimizer(optim, self.model),
+            config=deepspeed_json(config, optim, distributed.world_size()),
+        )
+        self.num_steps = 0
+
+    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        self.engine.train()
+        micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
+        totals = StepTotals(micro_batches)
+        for i, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            loss = totals.add(objective.loss(self._forward, batch.to(self.device)))
+            self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+        metrics = totals.metrics()
+        metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
+        set_learning_rate(self.optimizer, metrics["lr"])
+        self.engine.step()
+        metrics["grad_norm"] = check_grad_norm(float(self.engine.get_global_grad_norm()))
+        self.num_steps += 1
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        self.engine.eval()
+        micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
+        totals = StepTotals(micro_batches)
+        for batch in micro_batches:
+            totals.add(objective.loss(self._forward, batch.to(self.device)))
+        return totals.metrics()
+
+    @torch.no_grad()
+    def forward(
+        self, micro_batches: Sequence[Batch], compute: Callable[[Forward, Batch], dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        self.engine.eval()
+        together = same_number_on_all_ranks(micro_batches, empty_rows)
+        results = [compute(self._forward, batch.to(self.device)) for batch in together][: len(micro_batches)]
+        return [{name: value.cpu() for name, value in result.items()} for result in results]
+
+    def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+        for bucket in parameter_buckets(self.model, bucket_bytes):
+            sharded = self.config.zero_stage == 3
+            gathered = deepspeed.zero.GatheredParameters(list(bucket.values())) if sharded else nullcontext()
+            with gathered:
+                yield {n: p.detach() for n, p in bucket.items()} if distributed.rank() == 0 else {}
+
+    def save(self, directory: Path) -> None:
+        # save_latest=False: DeepSpeed would write it before every rank is done; our commit protocol has its own.
+        state = {"num_steps": self.num_steps, "world_size": distributed.world_size()}
+        self.engine.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """DeepSpeed unpickles its files; the caller has checked their digests against the manifest that we wrote."""
+        saved = len(list((directory / TAG).glob("*_optim_states.pt")))
+        if saved != distributed.world_size():
+            raise CheckpointError(
+                f"this checkpoint was written by {saved} ranks, the run now has {distributed.world_size()}",
+                where=str(directory),
+                fix=f"Resume with {saved} ranks.",
+            )
+        _, state = self.engine.load_checkpoint(str(directory), tag=TAG)
+        self.num_steps = state["num_steps"]
+
+    def export(self, directory: Path, tokenizer) -> None:
+        weights: dict[str, Tensor] = {}
+        for bucket in self.full_parameters(bucket_bytes=1 << 28):
+            weights |= {name: value.cpu().clone() for name, value in bucket.items()}
+        if distributed.rank() == 0:
+            save_hf(self.model, tokenizer, directory, weights)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return self.engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
+
+
+def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's config: the user's overrides with what is typed on top. Batch sizes are 1 because accumulation is
+    steered by hand, a different number of micro-batches each step."""
+    typed = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": config.precision is Precision.bf16},
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+    return _merged(config.overrides, typed)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _join_group(device: torch.device) -> None:
+    """DeepSpeed needs a process group even for one process; that one needs no port."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,172 @@
+"""Loading models and tokenizers, making new ones, and writing them as Hugging Face folders.
+
+A model here is an `nn.Module` called with `input_ids` and `position_ids` [B, T] that returns one tensor: logits
+[B, T, V] (`LanguageModel`) or one scalar per token [B, T] (`ScalarModel`: reward models and critics).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from llmscale.errors import ModelError
+from llmscale.models.config import ModelConfig
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face decoder as a function of token ids and positions."""
+
+    def __init__(self, hf: PreTrainedModel):
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        # use_cache=False in the call: with a cache transformers does not detect packed rows and lets documents leak.
+        return self.hf(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+class ScalarModel(nn.Module):
+    """A Hugging Face sequence classifier with one label, read out at every token instead of the last."""
+
+    def __init__(self, hf: PreTrainedModel):
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return self.hf.score(hidden).squeeze(-1)
+
+
+Model = LanguageModel | ScalarModel
+
+
+def resolve(path: str, holds: str = "config.json") -> str:
+    """The Hugging Face folder of a run directory, a folder itself, or a hub name.
+
+    Raises: ModelError when it is none of these.
+    """
+    local = Path(path)
+    for folder in (local, local / "hf"):
+        if (folder / holds).is_file():
+            return str(folder)
+    if local.exists():
+        raise ModelError(
+            f"this folder holds no model (no {holds}, no hf/{holds})",
+            where=str(path),
+            fix="Name a finished run directory or a Hugging Face folder.",
+        )
+    if path.count("/") > 1 or path.startswith(("/", ".")):
+        raise ModelError("no such model folder", where=path, fix="Name a finished run directory or a hub name.")
+    return path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name; one without a padding token pads with its end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(path, "tokenizer_config.json"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a tokenizer: {_first_line(error)}", where=path) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError("this tokenizer has no end-of-sequence token", where=path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LanguageModel:
+    """A randomly initialised decoder of the configured size; the same seed gives the same weights."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads or config.num_heads,
+        "max_position_embeddings": config.max_position,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        hf_config = AutoConfig.for_model(config.architecture, **(sizes | config.overrides))
+    except ValueError as error:
+        raise ModelError(_first_line(error), where="model.architecture", fix="Try llama or qwen2.") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LanguageModel(AutoModelForCausalLM.from_config(_with_dropout(hf_config, config.dropout)))
+
+
+def load_language_model(path: str, dropout: float = 0.0) -> LanguageModel:
+    """A decoder in fp32 from a run directory, a Hugging Face folder or a hub name."""
+    return LanguageModel(_from_pretrained(AutoModelForCausalLM, path, dropout))
+
+
+def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0) -> ScalarModel:
+    """A decoder with a scalar head, in fp32. A language model gets a new head, N(0, 1 / (hidden_size + 1)) as in
+    Stiennon et al. 2020, drawn from `seed`; a reward model keeps its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = _from_pretrained(AutoModelForSequenceClassification, path, dropout, num_labels=1)
+        if not has_scalar_head(path):
+            nn.init.normal_(hf.score.weight, std=(hf.config.hidden_size + 1) ** -0.5)
+    return ScalarModel(hf)
+
+
+def has_scalar_head(path: str) -> bool:
+    """Whether the saved model is a reward model (a sequence classifier) rather than a language model."""
+    config = Path(resolve(path)) / "config.json"
+    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return any("SequenceClassification" in name for name in architectures or [])
+
+
+def save_hf(model: Model, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor]) -> None:
+    """Write a folder that transformers, vLLM and PEFT load as it is. `weights` are named as in `model`, a tied one
+    once."""
+    state = {name.removeprefix("hf."): value for name, value in weights.items()}
+    model.hf.save_pretrained(directory, state_dict=state)
+    tokenizer.save_pretrained(directory)
+
+
+def context_length(model: Model) -> int:
+    return int(model.hf.config.max_position_embeddings)
+
+
+def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) -> PreTrainedModel:
+    folder = resolve(path)
+    try:
+        config = _with_dropout(AutoConfig.from_pretrained(folder, **kwargs), dropout)
+        return auto.from_pretrained(folder, config=config, dtype=torch.float32)  # type: ignore[attr-defined]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot load a model: {_first_line(error)}",
+            where=path,
+            fix="Check the name; offline, give a local folder.",
+        ) from error
+
+
+def _with_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,69 @@
+"""Weights as raw arrays that travel between processes, with a fingerprint that both sides compute."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmscale.errors import WeightMismatchError
+from llmscale.protocols import WeightBucket
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Digest of names, types and bytes, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in weights.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
+    """A bucket in the precision in which it will be used. numpy has no bf16: those bits travel as uint16."""
+    cast = {name: value.to("cpu", dtype).contiguous() for name, value in weights.items()}
+    arrays = {name: _bits(value).numpy() for name, value in cast.items()}
+    return WeightBucket(
+        arrays, {name: str(v.dtype).removeprefix("torch.") for name, v in cast.items()}, fingerprint(cast)
+    )
+
+
+def load_buckets(model: nn.Module, buckets: list[WeightBucket], source: str) -> None:
+    """Copy published weights into `model`, then check that it holds exactly what was published.
+
+    Raises: WeightMismatchError naming `source` when a weight is missing or unknown, or its bits differ.
+    """
+    parameters = dict(model.named_parameters())
+    sent = [name for bucket in buckets for name in bucket.arrays]
+    if sorted(sent) != sorted(parameters):
+        odd = sorted(set(sent) ^ set(parameters))
+        raise WeightMismatchError(f"published and own weights differ by name: {', '.join(odd[:4])}", where=source)
+    for bucket in buckets:
+        with torch.no_grad():
+            for name, array in bucket.arrays.items():
+                # The store's arrays are read-only and torch wants to write: from_numpy of a view is only read here.
+                parameters[name].copy_(_restore(array, bucket.dtypes[name]))
+        held = fingerprint({name: parameters[name].detach() for name in bucket.arrays})
+        if held != bucket.digest:
+            raise WeightMismatchError(
+                f"the weights held ({held}) are not those published ({bucket.digest})",
+                where=source,
+                fix="A bucket was damaged on its way. Nothing was sampled with it; the same command resumes.",
+            )
+
+
+def _restore(array: np.ndarray, dtype: str) -> Tensor:
+    target = getattr(torch, dtype)
+    array = array if array.flags.writeable else array.copy()
+    return torch.from_numpy(array).view(target)
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(torch.uint16) if value.dtype is torch.bfloat16 else value
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(np.ascontiguousarray(_bits(value.detach().cpu()).numpy()).reshape(-1).view(np.uint8))

@@ -1,0 +1,88 @@
+"""Reward modelling from K ranked completions of one prompt.
+
+`pairs`: L = -1/|P| sum_{(w,l) in P} log sigmoid(r_w - r_l), P the pairs that are not tied (Ouyang et al. 2022, eq. 1, where
+|P| = C(K, 2)). All pairs of a prompt are one element, so that a prompt with many completions weighs as much as one with
+few, and they share one step: as separate examples each completion would be seen K-1 times and over-fitted.
+`plackett_luce`: L = -sum_i log(exp r_i / sum_{j ranked i or lower} exp r_j) (Plackett 1975); a tied completion counts among
+those that are not better, so that ties push nothing apart. The last rank adds nothing.
+
+Normalised by the number of rankings that are not all tied. Legend: K completions, P pairs, B rows (all completions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from llmscale.batch import Batch, RankedExample, token_tensors
+from llmscale.functional import last_token, masked_sum
+from llmscale.objectives.config import RankingConfig
+from llmscale.protocols import Forward, LossSums
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, kind: str) -> Tensor:
+    """The loss of one ranking, a scalar; exactly zero when all are tied.
+
+    scores: [K] rewards; ranks: [K], 1 = best, equal numbers = tied; kind: "pairs" or "plackett_luce".
+    """
+    if kind == "pairs":
+        winner, loser = untied_pairs(ranks.tolist())
+        if not winner:
+            return masked_sum(scores, torch.zeros_like(scores))
+        return torch.nn.functional.softplus(scores[loser] - scores[winner]).mean()
+    not_better = ranks.unsqueeze(0) >= ranks.unsqueeze(1)  # [K, K]: j is ranked as i or lower
+    tied_last = ranks == ranks.max()
+    totals = torch.where(not_better, scores.unsqueeze(0), float("-inf")).logsumexp(-1)
+    return torch.where(tied_last, torch.zeros_like(scores), totals - scores).sum()
+
+
+def untied_pairs(ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Indexes of the better and of the worse completion of each pair that is not tied."""
+    ordered = [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in combinations(range(len(ranks)), 2)]
+    pairs = [(w, loser) for w, loser in ordered if ranks[w] != ranks[loser]]
+    return [w for w, _ in pairs], [loser for _, loser in pairs]
+
+
+class Ranking:
+    """Term `rankings`; metrics: `accuracy` over pairs, `margin` (mean r_w - r_l), `score` over completions."""
+
+    def __init__(self, config: RankingConfig):
+        self.config = config
+
+    def prepare(self, examples: Sequence[RankedExample]) -> Batch:
+        rows, ranks, group, winners, losers = [], [], [], [], []
+        for index, example in enumerate(examples):
+            better, worse = untied_pairs(example.ranks)
+            winners += [len(rows) + i for i in better]
+            losers += [len(rows) + i for i in worse]
+            rows += list(example.sequences)
+            ranks += list(example.ranks)
+            group += [index] * len(example.ranks)
+        tensors = token_tensors(rows)
+        tensors |= {"ranks": torch.tensor(ranks), "group": torch.tensor(group)}
+        tensors |= {"winners": torch.tensor(winners).long(), "losers": torch.tensor(losers).long()}
+        untied = sum(len(set(e.ranks)) > 1 for e in examples)
+        return Batch(
+            tensors, {"rankings": float(untied), "pairs": float(len(winners)), "completions": float(len(rows))}
+        )
+
+    def loss(self, forward: Forward, batch: Batch) -> LossSums:
+        output = forward(batch)
+        scores = last_token(output, batch["lengths"])
+        # Zero, but with a path to the weights: a rank without examples must take part in the backward.
+        total = masked_sum(output, torch.zeros_like(output))
+        for index in batch["group"].unique():
+            own = (batch["group"] == index).nonzero().squeeze(-1)
+            total = total + ranking_loss(scores[own], batch["ranks"][own], self.config.kind.name)
+        scores = scores.detach()[: len(batch["ranks"])]
+        margins = scores[batch["winners"]] - scores[batch["losers"]]
+        metrics = {
+            "accuracy": ((margins > 0).float().sum(), "pairs"),
+            "margin": (margins.sum(), "pairs"),
+            "score": (scores.sum(), "completions"),
+            "score_squared": (scores.square().sum(), "completions"),
+        }
+        return LossSums({"rankings": total}, metrics)

@@ -1,0 +1,126 @@
+"""The interfaces that rooms share. A protocol that only one room uses stays in that room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from llmscale.batch import Batch, Prompt, Trajectory
+
+Forward = Callable[[Batch], Tensor]  # a model applied to a batch: logits [B, T, V], or one scalar per token [B, T]
+State = dict[str, Any]  # what a component writes into a checkpoint: JSON values and tensors
+
+
+@dataclass
+class LossSums:
+    """What an objective returns for one micro-batch: sums, never means; the engine divides by global counts."""
+
+    terms: dict[str, Tensor]  # loss term -> sum over its elements, weights applied; scalars with gradient
+    metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)  # name -> (sum, the term that counts it)
+
+
+class Objective(Protocol):
+    """How examples become a batch and a batch becomes a loss. It knows nothing of engines or ranks."""
+
+    def prepare(self, examples: Sequence[Any]) -> Batch:
+        """Build one micro-batch and count each loss term in it. No examples give a valid batch of zero counts."""
+        ...
+
+    def loss(self, forward: Forward, batch: Batch) -> LossSums: ...
+
+
+@dataclass(frozen=True)
+class WeightBucket:
+    """Some named weights as raw arrays (bf16 as its uint16 bits), and the digest of their bytes."""
+
+    arrays: dict[str, np.ndarray]
+    dtypes: dict[str, str]  # torch dtype name of each weight
+    digest: str
+
+
+class TrainEngine(Protocol):
+    """Holds a model and its optimizer on one or several ranks; every method is called on every rank."""
+
+    num_steps: int
+
+    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches. Each loss term is divided once by its count over the
+        whole global step, so any split gives the same gradient. Metrics are the same on every rank."""
+        ...
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        """The same numbers without gradient or update."""
+        ...
+
+    def forward(
+        self, micro_batches: Sequence[Batch], compute: Callable[[Forward, Batch], dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """Run `compute` without gradient on each micro-batch; results on the CPU."""
+        ...
+
+    def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """Collective: every rank exhausts it, rank 0 receives the weights, one bucket at a time; a tied weight once."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's part of model and optimizer state into `directory`."""
+        ...
+
+    def load(self, directory: Path) -> None: ...
+
+    def export(self, directory: Path, tokenizer: Any) -> None:
+        """Collective: write the model as Hugging Face safetensors (rank 0 writes)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """Sample one completion of a prompt. (draw_id, sample_index) keys its randomness."""
+
+    prompt: Prompt
+    draw_id: int
+    sample_index: int
+
+
+class RolloutEngine(Protocol):
+    """Token ids in; token ids and the sampled tokens' log-probabilities out."""
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]: ...
+
+    def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
+        """Take new weights.
+
+        Raises: WeightMismatchError when what is held afterwards is not what was published.
+        """
+        ...
+
+
+class RewardFunction(Protocol):
+    """Scores whole samples. A sample that cannot be scored is an error, never a silent zero."""
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]: ...
+
+
+class Tracker(Protocol):
+    """Where metrics go. `step` is the optimizer or RLHF step that produced them."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def event(self, kind: str, **details: Any) -> None: ...
+
+    def finish(self, status: str) -> None: ...
+
+
+class Stateful(Protocol):
+    """Something that must survive a restart."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...

@@ -1,0 +1,43 @@
+"""Rewards from a model that `llmscale reward` trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmscale import distributed
+from llmscale.batch import Trajectory, token_tensors
+from llmscale.errors import ModelError
+from llmscale.functional import last_token
+from llmscale.models.loading import has_scalar_head, load_scalar_model, load_tokenizer
+from llmscale.rewards.config import LearnedConfig
+
+BATCH_SIZE = 32  # rows of one forward
+
+
+class LearnedReward:
+    """The scalar at the last token, standardised by what the reward model scored on its held-out completions."""
+
+    def __init__(self, config: LearnedConfig, tokenizer: PreTrainedTokenizerBase):
+        if not has_scalar_head(config.path):
+            raise ModelError("this is not a reward model", where="reward.path", fix="Name a run of llmscale reward.")
+        if load_tokenizer(config.path).get_vocab() != tokenizer.get_vocab():
+            raise ModelError("the reward model's tokens are not the policy's", where="reward.path")
+        self.model = load_scalar_model(config.path).to(distributed.device()).eval()
+        mean, std = getattr(self.model.hf.config, "score_mean", 0.0), getattr(self.model.hf.config, "score_std", 1.0)
+        self.mean, self.std = (mean, std) if config.standardize else (0.0, 1.0)
+
+    @torch.no_grad()
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        rewards: list[float] = []
+        for start in range(0, len(trajectories), BATCH_SIZE):
+            rewards += self._score([t.token_ids for t in trajectories[start : start + BATCH_SIZE]])
+        return [(reward - self.mean) / self.std for reward in rewards]
+
+    def _score(self, rows: list[np.ndarray]) -> list[float]:
+        tensors = {name: value.to(distributed.device()) for name, value in token_tensors(rows).items()}
+        scalars = self.model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"])
+        return last_token(scalars.float(), tensors["lengths"]).tolist()

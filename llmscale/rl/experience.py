@@ -1,0 +1,128 @@
+"""From scored trajectories to what an update needs: rewards per token, KL to the reference, advantages, returns.
+
+Legend: B trajectories, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmscale.batch import Batch, Trajectory, pad_rows
+from llmscale.errors import NumericsError
+from llmscale.functional import masked_var
+from llmscale.rl.kl import estimate
+
+
+class Algorithm(Protocol):
+    """What tells one policy-gradient method from another; pure functions of tensors [B, T]."""
+
+    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def loss(self, policy_logprobs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def value_loss(self, values: Tensor, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One trajectory ready for updates. Arrays are float32 [T] and 0 where the policy did not produce the token."""
+
+    token_ids: np.ndarray  # int64 [T]
+    loss_mask: np.ndarray  # bool [T]
+    old_logprobs: np.ndarray  # the trainer's, before the update
+    old_values: np.ndarray  # the critic's, of the state before each token
+    advantages: np.ndarray
+    returns: np.ndarray
+
+
+def build_experience(
+    algorithm: Algorithm,
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[float],
+    old_logprobs: Sequence[np.ndarray],
+    ref_logprobs: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    kl_coef: float,
+) -> tuple[list[Experience], dict[str, float]]:
+    """Advantages and returns of one step's trajectories, whitened over all of them, and the step's metrics.
+
+    The reward of a token is -kl_coef * (log policy - log ref) (k1, in the reward: Ouyang et al. 2022, eq. 2); a
+    trajectory's own reward is added at its last token.
+    """
+    mask = pad_rows([t.loss_mask for t in trajectories], value=False).bool()
+    old, ref, value = (_padded(arrays, mask) for arrays in (old_logprobs, ref_logprobs, values))
+    rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
+    kl = torch.where(mask, estimate(old, ref, "k1"), torch.zeros_like(old))
+    scores = torch.tensor(rewards, dtype=torch.float32)
+    token_rewards = -kl_coef * kl
+    last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
+    token_rewards[torch.arange(len(last)), last] += scores
+    advantages, returns = algorithm.advantages(token_rewards, value, mask)
+    lengths = mask.sum(1)
+    metrics = {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(correction=0)),
+        "kl/ref": float(kl.sum(1).mean()),  # nats per trajectory
+        "value/explained_var": explained_variance(value, returns, mask),
+        "rollout/completion_len": float(lengths.float().mean()),
+        "rollout/cut_off": sum(not t.finished for t in trajectories) / len(trajectories),
+        "rollout/logprob_diff": float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max()),
+    }
+    experience = [
+        Experience(
+            t.token_ids,
+            t.loss_mask,
+            *(rows[i, : len(t.token_ids)].numpy() for rows in (old, value, advantages, returns)),
+        )
+        for i, t in enumerate(trajectories)
+    ]
+    return experience, metrics
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant."""
+    return float(1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12))
+
+
+def check_rewards(trajectories: Sequence[Trajectory], rewards: Sequence[float]) -> None:
+    """Raises: NumericsError naming the first sample whose reward is not finite."""
+    for trajectory, reward in zip(trajectories, rewards, strict=True):
+        if not math.isfinite(reward):
+            raise NumericsError(
+                f"the reward of {trajectory.completion!r} is {reward}",
+                where=f"draw {trajectory.draw_id}, sample {trajectory.sample_index}",
+                fix="A reward must be a finite number for every completion.",
+            )
+
+
+def check_on_policy(metrics: dict[str, float], max_logprob_diff: float) -> None:
+    """What was sampled must have the probability that the trainer gives it; otherwise the ratio of PPO means nothing.
+
+    Raises: NumericsError when rollout and trainer log-probabilities differ by more than `max_logprob_diff`.
+    """
+    difference = metrics["rollout/logprob_diff"]
+    if not difference <= max_logprob_diff:
+        raise NumericsError(
+            f"rollout and trainer log-probabilities differ by {difference:.2e}, more than {max_logprob_diff:.0e}",
+            where="rollout.max_logprob_diff",
+            fix="Rollout weights or precision differ from the trainer's; bf16 needs about 0.2.",
+        )
+
+
+def minibatches(num: int, size: int, seed: int, step: int, epoch: int) -> list[list[int]]:
+    """A permutation of 0..num-1 in parts of `size` (the last may be smaller), a function of (seed, step, epoch) alone."""
+    counter = np.array([epoch, step, 0, 0], dtype=np.uint64)
+    order = np.argsort(np.random.Philox(key=seed, counter=counter).random_raw(num), kind="stable").tolist()
+    return [order[i : i + size] for i in range(0, num, size)]
+
+
+def _padded(arrays: Sequence[np.ndarray], mask: Tensor) -> Tensor:
+    rows = pad_rows([np.asarray(a, dtype=np.float32) for a in arrays], value=0.0)
+    return torch.where(mask, rows, torch.zeros_like(rows))

@@ -1,0 +1,65 @@
+"""Policy and critic losses as objectives that any engine can step on. Normalised by the policy's own tokens of the whole
+step, so the gradient does not depend on micro-batches or ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmscale.batch import Batch, pad_rows, token_tensors
+from llmscale.functional import masked_sum, token_entropy, token_logprobs
+from llmscale.protocols import Forward, LossSums
+from llmscale.rl.experience import Algorithm, Experience
+
+FIELDS = ("old_logprobs", "old_values", "advantages", "returns")
+
+
+def prepare_experience(examples: Sequence[Experience], term: str) -> Batch:
+    """Right-padded rows with everything that an update needs; counts the policy's own tokens under `term`."""
+    tensors = token_tensors([e.token_ids for e in examples])
+    tensors["loss_mask"] = pad_rows([e.loss_mask for e in examples], value=False).bool()
+    for name in FIELDS:
+        tensors[name] = pad_rows([getattr(e, name) for e in examples], value=0.0).float()
+    return Batch(tensors, {term: float(tensors["loss_mask"].sum())})
+
+
+class PolicyObjective:
+    """Term `policy`; metrics `entropy`, `approx_kl` (k3 of the old policy to the new), `clipfrac`."""
+
+    def __init__(self, algorithm: Algorithm, temperature: float, entropy_coef: float):
+        self.algorithm, self.temperature, self.entropy_coef = algorithm, temperature, entropy_coef
+
+    def prepare(self, examples: Sequence[Experience]) -> Batch:
+        return prepare_experience(examples, "policy")
+
+    def loss(self, forward: Forward, batch: Batch) -> LossSums:
+        logits, mask = forward(batch), batch["loss_mask"]
+        logprobs = token_logprobs(logits, batch["input_ids"], self.temperature)
+        with torch.set_grad_enabled(self.entropy_coef > 0 and torch.is_grad_enabled()):
+            entropy = token_entropy(logits, self.temperature)
+        losses, metrics = self.algorithm.loss(logprobs, batch)
+        log_ratio = logprobs.detach() - batch["old_logprobs"]
+        metrics |= {"entropy": entropy.detach(), "approx_kl": log_ratio.exp() - 1 - log_ratio}
+        total = masked_sum(losses - self.entropy_coef * entropy if self.entropy_coef else losses, mask)
+        return LossSums({"policy": total}, {k: (masked_sum(v, mask), "policy") for k, v in metrics.items()})
+
+
+class ValueObjective:
+    """Term `value`: the algorithm's loss of each state's value."""
+
+    def __init__(self, algorithm: Algorithm):
+        self.algorithm = algorithm
+
+    def prepare(self, examples: Sequence[Experience]) -> Batch:
+        return prepare_experience(examples, "value")
+
+    def loss(self, forward: Forward, batch: Batch) -> LossSums:
+        losses = self.algorithm.value_loss(state_values(forward(batch)), batch)
+        return LossSums({"value": masked_sum(losses, batch["loss_mask"])})
+
+
+def state_values(scalars: Tensor) -> Tensor:
+    """[B, T] -> [B, T]: the value of the state *before* token t is what the critic says after token t-1."""
+    return torch.nn.functional.pad(scalars[:, :-1], (1, 0))

@@ -1,0 +1,296 @@
+"""RLHF: one driver over five pools. `Rlhf.iterate` is the algorithm; the parts are in their own rooms.
+
+    prompts x group = sequences -> update minibatches x epochs = optimizer steps -> published weights
+
+Each pool (policy, critic, reference, reward, rollout) runs in Ray actors or in this process, with the same code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmscale.batch import Trajectory
+from llmscale.checkpoint.commit import CheckpointStore
+from llmscale.checkpoint.run_directory import RunDirectory, open_run
+from llmscale.checkpoint.run_state import RunState
+from llmscale.cluster.pool import WorkerPool, open_pools
+from llmscale.cluster.publish import VersionCounter
+from llmscale.config import build, to_dict
+from llmscale.data.loader import SampleOrder, micro_batches
+from llmscale.data.splits import load_prompts
+from llmscale.errors import NumericsError
+from llmscale.models.loading import load_tokenizer
+from llmscale.protocols import SamplingRequest, State
+from llmscale.rl.experience import Experience, build_experience, check_on_policy, check_rewards, minibatches
+from llmscale.stages.config import RlhfConfig
+from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
+from llmscale.tracking.composite import open_trackers
+
+Metrics = dict[str, float]
+ROLES = {
+    "policy": PolicyRole,
+    "critic": CriticRole,
+    "reference": ReferenceRole,
+    "reward": RewardRole,
+    "rollout": RolloutRole,
+}
+
+
+class Rlhf:
+    """The state and the loop of one run."""
+
+    def __init__(self, config: RlhfConfig, run: RunDirectory):
+        self.config, self.run = config, run
+        tokenizer = load_tokenizer(str(config.model.path))
+        split = load_prompts(config.data, tokenizer, config.rollout.max_new_tokens)
+        self.prompts, self.held_out = split.train, split.validation
+        self.order = SampleOrder(len(self.prompts), config.run.seed)
+        self.algorithm = build(config.algorithm)
+        self.versions = VersionCounter(run.path / "weight_version")
+        self.step = 0
+        self.first_eval: Metrics = {}
+        self.timings: Metrics = {}
+        self.state = RunState()
+        self.state.register("loop", self)
+
+    # ------------------------------------------------------------ the algorithm
+
+    def iterate(self) -> Metrics:
+        """Sample, score, update, publish."""
+        with self.timed("generate"):
+            trajectories = self.generate(self.draw())
+        with self.timed("score"):
+            scoring = self.pools["reward"].units(RewardRole.score, self.units(trajectories))
+            ref = self.pools["reference"].map(ReferenceRole.logprobs, trajectories)
+            old = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
+            values = self.pools["critic"].map(CriticRole.values, trajectories)
+            rewards, metrics = self.rewards(trajectories, scoring.wait())
+            experience, more = build_experience(
+                self.algorithm,
+                trajectories,
+                rewards,
+                old.wait(),
+                ref.wait(),
+                values.wait(),
+                self.config.algorithm.kl_coef,
+            )
+        check_on_policy(more, self.config.rollout.max_logprob_diff)
+        with self.timed("update"):
+            updates = self.update(experience)
+        with self.timed("publish"):
+            self.publish()
+        self.record(trajectories, rewards)
+        tokens = sum(t.completion_len for t in trajectories)
+        return metrics | more | updates | {"perf/tokens_per_s": tokens / sum(self.timings.values())}
+
+    def draw(self) -> list[SamplingRequest]:
+        """This step's prompts, `group_size` samples of each; a function of the step alone."""
+        size, group = self.config.training.prompts_per_step, self.config.rollout.group_size
+        drawn = enumerate(self.order.batch(self.step, size), start=self.step * size)
+        return [SamplingRequest(self.prompts[i], draw_id, k) for draw_id, i in drawn for k in range(group)]
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        done = self.pools["rollout"].units(RolloutRole.generate, self.units(requests)).wait()
+        return [trajectory for unit in done for trajectory in unit]
+
+    def rewards(self, trajectories: Sequence[Trajectory], scored: list) -> tuple[list[float], Metrics]:
+        pairs = [pair for unit in scored for pair in unit]
+        rewards = [reward for reward, _ in pairs]
+        check_rewards(trajectories, rewards)
+        true = [value for _, value in pairs if value is not None]
+        return rewards, ({"reward/true": float(np.mean(true))} if true else {})
+
+    def update(self, experience: Sequence[Experience]) -> Metrics:
+        """Every epoch over every minibatch, policy and critic side by side."""
+        algorithm, seed = self.config.algorithm, self.config.run.seed
+        batches = [
+            [experience[i] for i in indexes]
+            for epoch in range(algorithm.num_epochs)
+            for indexes in minibatches(len(experience), algorithm.global_batch_size, seed, self.step, epoch)
+        ]
+        policy = self.pools["policy"].call(PolicyRole.update, batches)
+        critic = self.pools["critic"].call(CriticRole.update, batches)
+        policy_steps, critic_steps = policy.wait()[0], critic.wait()[0]
+        self.check_first_update(policy_steps[0]["approx_kl"])
+        return _means("policy", policy_steps) | _means("value", critic_steps)
+
+    def check_first_update(self, approx_kl: float) -> None:
+        """Before its first update the policy is the one that sampled: its ratio is 1 and its KL 0."""
+        if not abs(approx_kl) <= self.config.rollout.max_logprob_diff:
+            raise NumericsError(
+                f"the first update of step {self.step + 1} starts with KL {approx_kl:.2e} from the policy that sampled",
+                where="rollout.max_logprob_diff",
+                fix="Trainer forward and update disagree; with bf16 about 0.2 is needed.",
+            )
+
+    def publish(self) -> None:
+        """New weights for every rollout worker, checked by fingerprint on both sides."""
+        handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
+        self.pools["rollout"].call(RolloutRole.load_weights, self.versions.next(), handles).wait()
+
+    def evaluate(self) -> Metrics:
+        """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on
+        the same randomness."""
+        if not self.held_out:
+            return {}
+        trajectories = self.generate([SamplingRequest(p, -1 - i, 0) for i, p in enumerate(self.held_out)])
+        scored = self.pools["reward"].units(RewardRole.score, self.units(trajectories)).wait()
+        rewards, metrics = self.rewards(trajectories, scored)
+        metrics["reward/mean"] = float(np.mean(rewards))
+        metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    # ------------------------------------------------------------ the run around it
+
+    def train(self) -> dict[str, Any]:
+        config, training = self.config, self.config.training
+        store = CheckpointStore(self.run.checkpoints, training.keep_checkpoints)
+        skipped: list[dict[str, str]] = []
+        checkpoint = store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
+        if checkpoint is not None:
+            self.state.load(checkpoint.path)
+        tracker = self.tracker = open_trackers(
+            config.tracking,
+            run_dir=self.run.path,
+            run_id=config.run_id,
+            title="rlhf",
+            total_steps=training.num_steps,
+            resume_step=self.step if checkpoint else -1,
+            run_config=to_dict(config),
+        )
+        status = "failed"
+        try:
+            for broken in skipped:
+                tracker.event("checkpoint_skipped", **broken)
+            with self.pools_open():
+                if checkpoint is not None:
+                    self.restore(checkpoint.path)
+                    tracker.event("resumed", step=self.step, checkpoint=str(checkpoint.path))
+                else:
+                    self.first_eval = self.evaluate()
+                    tracker.log(0, self.first_eval)
+                self.loop(store)
+                self.pools["policy"].call(PolicyRole.export, str(self.run.hf)).wait()
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            tracker.finish(status)
+        return self.result
+
+    def loop(self, store: CheckpointStore) -> None:
+        training = self.config.training
+        started = time.perf_counter()
+        metrics: Metrics = dict(self.first_eval)
+        while self.step < training.num_steps:
+            self.timings = {}
+            with self.timed("step"):
+                metrics = self.iterate()
+            self.step += 1
+            metrics |= self.timings
+            if self.due(training.eval_every_steps):
+                metrics |= self.evaluate()
+            self.tracker.log(self.step, metrics)
+            if self.due(training.save_every_steps):
+                self.save(store)
+        self.result = {
+            "stage": "rlhf",
+            "run_dir": str(self.run.path),
+            "steps": self.step,
+            "seconds": time.perf_counter() - started,
+            "before": self.first_eval,
+            "metrics": metrics,
+        }
+
+    @contextmanager
+    def pools_open(self) -> Iterator[None]:
+        config_file = str((self.run.path / "config.yaml").resolve())
+        builds = {name: partial(role, config_file) for name, role in ROLES.items()}
+        self.pools: dict[str, WorkerPool] = {}
+        started = time.perf_counter()
+        try:
+            self.pools = open_pools(self.config.cluster, builds, str(self.run.attempt_dir.resolve()))
+            workers = {name: pool.num_workers for name, pool in self.pools.items()}
+            self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
+            yield
+        finally:
+            for pool in self.pools.values():
+                pool.close()
+
+    def save(self, store: CheckpointStore) -> None:
+        def write(directory: Path) -> None:
+            for name, role in (("policy", PolicyRole), ("critic", CriticRole)):
+                (directory / name).mkdir()
+                self.pools[name].call(role.save, str((directory / name).resolve())).wait()
+            self.state.save(directory)
+
+        with self.timed("save"):
+            path = store.save(self.step, write)
+        self.tracker.event("checkpoint", step=self.step, path=str(path), seconds=self.timings["timing_s/save"])
+
+    def restore(self, checkpoint: Path) -> None:
+        for name, role in (("policy", PolicyRole), ("critic", CriticRole)):
+            self.pools[name].call(role.load, str((checkpoint / name).resolve())).wait()
+        self.publish()
+
+    def state_dict(self) -> State:
+        return {"step": self.step, "first_eval": self.first_eval}
+
+    def load_state_dict(self, state: State) -> None:
+        self.step, self.first_eval = state["step"], state["first_eval"]
+
+    def record(self, trajectories: Sequence[Trajectory], rewards: Sequence[float]) -> None:
+        """samples.jsonl is complete enough to train from."""
+        rows = zip(trajectories, rewards, strict=True)
+        self.tracker.samples(self.step + 1, [_sample_record(t, reward) for t, reward in rows])
+
+    def units(self, items: Sequence[Any]) -> list[list[Any]]:
+        """Fixed dispatch units: what one holds does not depend on the number of workers."""
+        return micro_batches(items, self.config.rollout.unit_size)
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.training.num_steps
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.timings[f"timing_s/{name}"] = time.perf_counter() - started
+
+
+def run(config: RlhfConfig) -> dict[str, Any]:
+    """Start, resume, or return what a finished run found."""
+    with closing(open_run(config.run_dir, config)) as directory:
+        finished = directory.result()
+        if finished is None:
+            finished = Rlhf(config, directory).train()
+            directory.finish(finished)
+        return finished
+
+
+def _means(prefix: str, steps: Sequence[Metrics]) -> Metrics:
+    names = [n for n in steps[0] if n != "num_tokens"]
+    return {f"{prefix}/{name}": float(np.mean([s[name] for s in steps])) for name in names}
+
+
+def _sample_record(trajectory: Trajectory, reward: float) -> dict[str, Any]:
+    return {
+        "draw_id": trajectory.draw_id,
+        "sample_index": trajectory.sample_index,
+        "prompt": trajectory.prompt.text,
+        "completion": trajectory.completion,
+        "reward": reward,
+        "finished": trajectory.finished,
+        "token_ids": trajectory.token_ids.tolist(),
+        "loss_mask": trajectory.loss_mask.astype(int).tolist(),
+        "rollout_logprobs": [round(float(x), 6) for x in trajectory.rollout_logprobs],
+        "weight_versions": trajectory.weight_versions.tolist(),
+    }

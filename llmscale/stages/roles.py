@@ -1,0 +1,166 @@
+"""What each worker of an RLHF run holds. A role joins an engine with the algorithm; it runs in a Ray actor or in the driver's
+own process and knows nothing of either. Every role reads the frozen config of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import llmscale.stages.config  # noqa: F401  registers every option before a config is read
+from llmscale import distributed
+from llmscale.batch import Batch, Trajectory, token_tensors
+from llmscale.checkpoint.durable import commit_directory, fsync_tree
+from llmscale.cluster.publish import receive, send
+from llmscale.config import build, load
+from llmscale.data.chat import ChatRenderer
+from llmscale.data.loader import micro_batches, shard
+from llmscale.engine.config import Precision
+from llmscale.engine.frozen import FrozenEngine
+from llmscale.functional import token_logprobs
+from llmscale.models.loading import load_language_model, load_scalar_model, load_tokenizer
+from llmscale.optim.config import OptimConfig
+from llmscale.protocols import Forward, Objective, SamplingRequest, TrainEngine
+from llmscale.rl.experience import Experience
+from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
+from llmscale.stages.config import RlhfConfig
+
+BUCKET_BYTES = 256 << 20  # of gathered weights held at once while publishing
+
+
+class TrainedRole:
+    """What policy and critic share: an engine over the ranks of their pool, and the updates of one step."""
+
+    engine: TrainEngine
+    objective: Objective
+
+    def __init__(self, config_file: str):
+        self.config: RlhfConfig = load(Path(config_file))
+        self.world = distributed.join(self.config.cluster.collective_timeout_s)
+        self.tokenizer = load_tokenizer(str(self.config.model.path))
+
+    def update(self, minibatches: Sequence[Sequence[Experience]]) -> list[dict[str, float]]:
+        """One optimizer step for each minibatch; this rank takes its share of it. Returns each step's metrics."""
+        size = self.config.engine.micro_batch_size
+        metrics = []
+        for minibatch in minibatches:
+            own = shard(minibatch, self.world.rank, self.world.size)
+            batches = [self.objective.prepare(part) for part in micro_batches(own, size)]
+            metrics.append(self.engine.step(batches, self.objective))
+        return metrics
+
+    def save(self, directory: str) -> None:
+        self.engine.save(Path(directory))
+        fsync_tree(Path(directory))  # by the host that wrote it
+
+    def load(self, directory: str) -> None:
+        self.engine.load(Path(directory))
+
+    def export(self, directory: str) -> None:
+        """Collective: write the model as a Hugging Face folder."""
+        if self.world.is_main:
+            commit_directory(Path(directory), lambda partial: self.engine.export(partial, self.tokenizer))
+        else:
+            self.engine.export(Path(directory), self.tokenizer)
+
+    def _total_steps(self) -> int:
+        training, algorithm = self.config.training, self.config.algorithm
+        sequences = training.prompts_per_step * self.config.rollout.group_size
+        return training.num_steps * algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
+
+    def _new_engine(self, model: Any, optim: OptimConfig) -> TrainEngine:
+        return build(self.config.engine, model, optim, self._total_steps())
+
+
+class PolicyRole(TrainedRole):
+    def __init__(self, config_file: str):
+        super().__init__(config_file)
+        self.engine = self._new_engine(load_language_model(str(self.config.model.path)), self.config.optim)
+        algorithm = build(self.config.algorithm)
+        temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
+        self.objective = PolicyObjective(algorithm, temperature, entropy_coef)
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """log p of each token under the policy as it is now, float32 [T] a trajectory."""
+        return token_values(self.engine, trajectories, self.config, logprobs_at(self.config.rollout.temperature))
+
+    def publish(self) -> list[Any]:
+        """Collective: handles to the weights, in the precision that rollouts use."""
+        return send(self.engine.full_parameters(BUCKET_BYTES), torch_dtype(self.config))
+
+
+class CriticRole(TrainedRole):
+    def __init__(self, config_file: str):
+        super().__init__(config_file)
+        model = load_scalar_model(self.config.critic_path, seed=self.config.run.seed)
+        self.engine = self._new_engine(model, self.config.critic.optim)
+        self.objective = ValueObjective(build(self.config.algorithm))
+
+    def values(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """Value of the state before each token, float32 [T] a trajectory."""
+        return token_values(self.engine, trajectories, self.config, lambda f, b: {"out": state_values(f(b))})
+
+
+class ReferenceRole:
+    def __init__(self, config_file: str):
+        self.config: RlhfConfig = load(Path(config_file))
+        self.engine = FrozenEngine(self.config.engine, load_language_model(str(self.config.model.path)))
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        return token_values(self.engine, trajectories, self.config, logprobs_at(self.config.rollout.temperature))
+
+
+class RewardRole:
+    """The reward that is trained on, and the one that is only watched."""
+
+    def __init__(self, config_file: str):
+        config: RlhfConfig = load(Path(config_file))
+        tokenizer = load_tokenizer(str(config.model.path))
+        self.reward = build(config.reward, tokenizer)
+        self.true_reward = build(config.true_reward, tokenizer) if config.true_reward is not None else None
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, float | None]]:
+        """(reward, true reward) of each trajectory; the second is None where none is configured."""
+        rewards = self.reward(trajectories)
+        true = self.true_reward(trajectories) if self.true_reward is not None else [None] * len(rewards)
+        return list(zip(rewards, true, strict=True))
+
+
+class RolloutRole:
+    def __init__(self, config_file: str):
+        config: RlhfConfig = load(Path(config_file))
+        path = str(config.model.path)
+        model, tokenizer = load_language_model(path).to(torch_dtype(config)), load_tokenizer(path)
+        self.engine = build(config.rollout, model, tokenizer, config.run.seed, ChatRenderer(tokenizer).stop_ids)
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        return self.engine.generate(requests)
+
+    def load_weights(self, version: int, handles: list[Any]) -> None:
+        self.engine.load_weights(version, receive(handles))
+
+
+Compute = Callable[[Forward, Batch], dict[str, Tensor]]
+
+
+def logprobs_at(temperature: float) -> Compute:
+    return lambda forward, batch: {"out": token_logprobs(forward(batch), batch["input_ids"], temperature)}
+
+
+def token_values(
+    engine: TrainEngine | FrozenEngine, trajectories: Sequence[Trajectory], config: RlhfConfig, compute: Compute
+) -> list[np.ndarray]:
+    """Run `compute` over the trajectories in micro-batches and cut the padding off again."""
+    parts = micro_batches([t.token_ids for t in trajectories], config.engine.micro_batch_size)
+    outputs = engine.forward([Batch(token_tensors(part)) for part in parts], compute)
+    rows = [row for output in outputs for row in output["out"].numpy()]
+    return [row[: len(t.token_ids)] for t, row in zip(trajectories, rows, strict=False)]
+
+
+def torch_dtype(config: RlhfConfig) -> torch.dtype:
+    return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32

@@ -1,0 +1,212 @@
+"""Pretraining, SFT and reward modelling: tokens come from a file. One SPMD function of the frozen config; it runs in this
+process, in a pool of Ray actors, or on the ranks that torchrun or srun started.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmscale.stages.config  # noqa: F401  registers every option before a config is read
+from llmscale import distributed
+from llmscale.batch import Batch
+from llmscale.checkpoint.commit import CheckpointStore
+from llmscale.checkpoint.durable import commit_directory
+from llmscale.checkpoint.run_directory import RunDirectory, open_run
+from llmscale.cluster.pool import open_pools
+from llmscale.config import build, load, to_dict
+from llmscale.data.loader import SampleOrder, micro_batches, shard
+from llmscale.data.sources import read_records
+from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
+from llmscale.data.tokenizer import train_tokenizer
+from llmscale.models.loading import Model, load_language_model, load_scalar_model, load_tokenizer, new_language_model
+from llmscale.protocols import Tracker
+from llmscale.stages.config import SupervisedConfig
+from llmscale.tracking.composite import NullTracker, open_trackers
+from llmscale.training.loop import Hook, Metrics, train
+
+LOADERS = {"pretrain": load_text, "sft": load_conversations, "reward": load_rankings}
+
+
+class SupervisedRun:
+    """One rank of a supervised stage: what it trains, on what, and what happens on the way."""
+
+    def __init__(self, config: SupervisedConfig, run_dir: Path):
+        self.config, self.run_dir = config, run_dir
+        self.world = distributed.join(config.cluster.collective_timeout_s)
+        self.tokenizer = prepare_tokenizer(config, run_dir)
+        self.split: Split[Any] = LOADERS[config.stage](config.data, self.tokenizer)
+        self.order = SampleOrder(len(self.split.train), config.run.seed)
+        self.num_steps = config.training.num_steps or math.ceil(
+            config.training.num_epochs * len(self.split.train) / config.training.global_batch_size
+        )
+        self.objective = build(config.objective)
+        self.engine = build(config.engine, new_model(config, self.tokenizer), config.optim, self.num_steps)
+        self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
+        self.last_eval: Metrics = {}
+
+    def train(self) -> dict[str, Any]:
+        """Resume or start, train to the end, export; returns the result on every rank."""
+        started = time.perf_counter()
+        skipped = self.resume()
+        training = self.config.training
+        self.tracker = self.open_tracker()
+        status = "failed"
+        metrics: Metrics = {}
+        hooks = [
+            Hook(training.eval_every_steps, self.evaluate),
+            Hook(1, self.tracker.log),
+            Hook(1, lambda step, values: metrics.update(values)),
+            Hook(training.save_every_steps, lambda step, _: self.save(step)),
+        ]
+        try:
+            for broken in skipped:
+                self.tracker.event("checkpoint_skipped", **broken)
+            self.tracker.event("data", **self.split.report)
+            self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
+            train(self.engine, self.objective, self.batches, self.num_steps, hooks)
+            self.export()
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            self.tracker.finish(status)
+        seconds = time.perf_counter() - started
+        steps = self.engine.num_steps
+        return {
+            "stage": self.config.stage,
+            "run_dir": str(self.run_dir),
+            "steps": steps,
+            "seconds": seconds,
+            "metrics": metrics,
+        }
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step: a function of (seed, step, rank), as is the randomness of dropout."""
+        torch.manual_seed(hash((self.config.run.seed, step, self.world.rank)))
+        indexes = self.order.batch(step, self.config.training.global_batch_size)
+        return self.prepare([self.split.train[i] for i in shard(indexes, self.world.rank, self.world.size)])
+
+    def prepare(self, examples: list[Any]) -> list[Batch]:
+        return [self.objective.prepare(part) for part in micro_batches(examples, self.config.engine.micro_batch_size)]
+
+    def evaluate(self, step: int, metrics: Metrics) -> None:
+        """Adds `eval/` metrics on the validation split to the step's own."""
+        if self.split.validation:
+            own = self.prepare(shard(self.split.validation, self.world.rank, self.world.size))
+            means = self.engine.evaluate(own, self.objective)
+            self.last_eval = {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
+            metrics |= self.last_eval
+
+    def save(self, step: int) -> None:
+        started = time.perf_counter()
+        path = self.store.save(
+            step,
+            self.engine.save,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            barrier=distributed.barrier,
+        )
+        self.tracker.event("checkpoint", step=step, path=str(path), seconds=round(time.perf_counter() - started, 3))
+
+    def resume(self) -> list[dict[str, str]]:
+        """Load the newest valid checkpoint, if there is one; returns the broken ones that were passed over."""
+        skipped: list[dict[str, str]] = []
+        found: list[str] = []
+        if self.world.is_main:
+            checkpoint = self.store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
+            found = [str(checkpoint.path)] if checkpoint else []
+        for path in distributed.gather(found):
+            self.engine.load(Path(str(path)))
+        return skipped
+
+    def export(self) -> None:
+        if self.config.stage == "reward":
+            self.note_score_scale()
+        hf = self.run_dir / "hf"
+        if self.world.is_main:
+            commit_directory(hf, lambda partial: self.engine.export(partial, self.tokenizer))
+        else:
+            self.engine.export(hf, self.tokenizer)
+
+    def note_score_scale(self) -> None:
+        """Mean and deviation of a reward model's scores, kept in its config: only differences of scores mean something, and
+        RLHF wants rewards of a known scale. From validation completions, else from as many of the training ones."""
+        examples = self.split.validation or self.split.train[:256]
+        means = self.engine.evaluate(self.prepare(shard(examples, self.world.rank, self.world.size)), self.objective)
+        config = self.engine.model.hf.config
+        config.score_mean = means["score"]
+        config.score_std = max(means["score_squared"] - means["score"] ** 2, 1e-12) ** 0.5
+
+    def open_tracker(self) -> Tracker:
+        if not self.world.is_main:
+            return NullTracker()
+        return open_trackers(
+            self.config.tracking,
+            run_dir=self.run_dir,
+            run_id=self.config.run_id,
+            title=self.config.stage,
+            total_steps=self.num_steps,
+            resume_step=self.engine.num_steps or -1,
+            run_config=to_dict(self.config),
+        )
+
+
+def run(config: SupervisedConfig) -> dict[str, Any]:
+    """Start, resume, or return what a finished run found."""
+    world = distributed.join(config.cluster.collective_timeout_s)
+    if not world.is_main:
+        distributed.barrier()  # rank 0 opens the run first
+        return SupervisedRun(config, config.run_dir).train()
+    with closing(open_run(config.run_dir, config)) as directory:
+        finished = directory.result()
+        distributed.barrier()
+        if finished is None:
+            in_ray = world.size == 1 and config.cluster.trainer.num_workers > 1
+            finished = train_on_ray(config, directory) if in_ray else SupervisedRun(config, directory.path).train()
+            directory.finish(finished)
+        return finished
+
+
+class TrainerRole:
+    """One rank of a supervised stage in a Ray actor."""
+
+    def __init__(self, config_file: str, run_dir: str):
+        self.run = SupervisedRun(load(Path(config_file)), Path(run_dir))
+
+    def train(self) -> dict[str, Any]:
+        return self.run.train()
+
+
+def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
+    raise RuntimeError
+
+
+def prepare_tokenizer(config: SupervisedConfig, run_dir: Path) -> Any:
+    """The model's tokenizer, or one trained on the data by rank 0 and kept in the run directory."""
+    given = config.model.tokenizer or config.model.path
+    if given is not None:
+        return load_tokenizer(given)
+    folder = run_dir / "tokenizer"
+    if distributed.rank() == 0 and not folder.exists():
+        records = read_records(config.data.train, config.data.columns, config.data.max_records)
+        texts = (record.string("text") for record in records)
+        tokenizer = train_tokenizer(texts, config.model.vocab_size, config.model.max_position)
+        commit_directory(folder, tokenizer.save_pretrained)
+    distributed.barrier()
+    return load_tokenizer(str(folder))
+
+
+def new_model(config: SupervisedConfig, tokenizer: Any) -> Model:
+    model, seed = config.model, config.run.seed
+    if model.path is None:
+        return new_language_model(model, tokenizer, seed)
+    if config.stage == "reward":
+        return load_scalar_model(model.path, model.dropout, seed)
+    return load_language_model(model.path, model.dropout)

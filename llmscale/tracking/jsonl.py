@@ -1,0 +1,159 @@
+"""The truth about a run: three files of JSON lines in its directory.
+
+    metrics.jsonl   {"step", "time_s", <metric>: number, ...}   one record for each call of `log`
+    samples.jsonl   {"step", "time_s", <field>: value, ...}     one record for each sample
+    events.jsonl    {"time_s", "kind", <detail>: value, ...}    what happened and why; only ever grows
+
+`time_s` is Unix time. JSON has no NaN or infinity: such a number is written as null, and the record's field
+"nonfinite" says which it was, as in {"train/loss": null, "nonfinite": {"train/loss": "nan"}}.
+
+A run that resumes from a checkpoint repeats the steps after it, so their records are cut off first. A crash can leave
+half a record at the end of a file; it is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmscale.errors import DataError, RunError
+
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
+
+
+class JsonlTracker:
+    """Appends to the files in `directory`; every record has reached the operating system when a call returns.
+
+    `resume_step` is the step of the checkpoint that the run starts from: records of later steps are cut off.
+    -1 starts from nothing, so that a record of step 0 goes too.
+
+    Raises: RunError when a file cannot be written, DataError when one is damaged before its last line.
+    """
+
+    def __init__(self, directory: Path, resume_step: int):
+        self._directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            dropped = {name: _cut(directory / name, resume_step) for name in (METRICS, SAMPLES)}
+            _cut(directory / EVENTS, math.inf)
+            # A lone surrogate in decoded text becomes its \u escape, which is what JSON wants.
+            self._files = {
+                name: (directory / name).open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+                for name in (METRICS, SAMPLES, EVENTS)
+            }
+        except OSError as error:
+            raise self._not_writable(error) from error
+        if any(dropped.values()):
+            self.event("records_cut", resume_step=resume_step, metrics=dropped[METRICS], samples=dropped[SAMPLES])
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._append(METRICS, [{"step": step, "time_s": _now_s(), **metrics}])
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        self._append(SAMPLES, [{"step": step, "time_s": _now_s(), **record} for record in records])
+
+    def event(self, kind: str, **details: Any) -> None:
+        self._append(EVENTS, [{"time_s": _now_s(), "kind": kind, **details}])
+
+    def finish(self, status: str) -> None:
+        self.event("finished", status=status)
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            self._files[name].write("".join(_to_line(record) for record in records))
+            self._files[name].flush()
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> RunError:
+        fix = "Free some space or choose another run directory; the same command then resumes."
+        return RunError(f"cannot write the run's records: {error}", where=str(self._directory), fix=fix)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without half a record that a crash or a writer at work left at its end.
+
+    Raises: DataError for a line before the last that is not a JSON object.
+    """
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines as they stand in the file, and their objects."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                if not file.read(1):
+                    return
+                fix = "Remove that line; the others are whole."
+                raise DataError("not a JSON object", where=f"{path}:{number}", fix=fix) from error
+            yield line, record
+
+
+def _cut(path: Path, last_step: float) -> int:
+    """Drop the records of later steps and a torn end; returns how many whole records went."""
+    if not path.exists():
+        return 0
+    temporary = path.with_name(path.name + ".tmp")
+    dropped = 0
+    try:
+        with temporary.open("wb") as file:
+            for line, record in _records(path):
+                if record.get("step", -1) > last_step:
+                    dropped += 1
+                else:
+                    file.write(line.rstrip(b"\n") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if temporary.stat().st_size != path.stat().st_size:
+            temporary.replace(path)
+            _fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return dropped
+
+
+def _fsync_directory(directory: Path) -> None:
+    """A rename survives a power failure only once its directory is on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _now_s() -> float:
+    return round(time.time(), 3)
+
+
+def _to_line(record: Mapping[str, Any]) -> str:
+    nonfinite: dict[str, str] = {}
+    plain = _to_json(record, "", nonfinite)
+    if nonfinite:
+        plain["nonfinite"] = nonfinite
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _to_json(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
+    """`value` in JSON's types; `nonfinite` collects the dotted path of each number that JSON cannot hold."""
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _to_json(v, f"{path}.{k}" if path else str(k), nonfinite) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(v, f"{path}.{i}", nonfinite) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite[path] = str(value)
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,362 @@
+"""The commit protocol: save, load, retention, every kind of damage, several ranks, a full disk."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llmscale.checkpoint.commit import MANIFEST, CheckpointStore
+from llmscale.errors import CheckpointError, NumericsError
+
+
+def content(step: int) -> bytes:
+    return bytes((step * 7 + i) % 256 for i in range(1000))
+
+
+def writer(step: int) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        (directory / "engine").mkdir(exist_ok=True)
+        (directory / "engine" / "weights.bin").write_bytes(content(step))
+        (directory / "state.json").write_text(json.dumps({"step": step}))
+
+    return write
+
+
+def file_writer(name: str) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        (directory / name).write_text("x")
+
+    return write
+
+
+def saved(directory: Path, *steps: int, keep: int = 2) -> CheckpointStore:
+    store = CheckpointStore(directory, keep=keep)
+    for step in steps:
+        store.save(step, writer(step))
+    return store
+
+
+def loaded(directory: Path) -> tuple[int | None, dict[str, str]]:
+    """The step that a fresh process would load, and why others were passed over."""
+    skipped: dict[str, str] = {}
+    found = CheckpointStore(directory).newest_valid(lambda path, why: skipped.update({path.name: why}))
+    if found is not None:
+        assert (found.path / "engine" / "weights.bin").read_bytes() == content(found.step)
+    return (found.step if found else None), skipped
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+# ---------------------------------------------------------------- save, load, retention
+
+
+def test_a_run_without_checkpoints_has_none(checkpoints: Path):
+    assert loaded(checkpoints) == (None, {})
+
+
+def test_saves_load_and_prunes_beyond_keep(checkpoints: Path):
+    store = saved(checkpoints, 50, 100, 1_000_000)
+    assert store.save(1_000_001, writer(1_000_001)) == checkpoints / "step-1000001"
+    assert names(checkpoints) == {"step-1000000", "step-1000001", "latest"}
+    assert os.readlink(checkpoints / "latest") == "step-1000001"
+    assert loaded(checkpoints) == (1_000_001, {})
+
+
+def test_the_manifest_lists_every_file_with_its_size(checkpoints: Path):
+    saved(checkpoints, 100)
+    manifest = json.loads((checkpoints / "step-000100" / MANIFEST).read_text())
+    assert (manifest["schema_version"], manifest["step"]) == (1, 100)
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
+        "engine/weights.bin": 1000,
+        "state.json": len('{"step": 100}'),
+    }
+
+
+def test_the_same_step_can_be_saved_again(checkpoints: Path):
+    store = saved(checkpoints, 50, 100)
+    store.save(100, file_writer("other"))
+    assert names(checkpoints / "step-000100") == {"other", MANIFEST}
+    assert names(checkpoints) == {"step-000050", "step-000100", "latest"}
+
+
+def test_a_replaced_checkpoint_still_loads_when_the_crash_came_between_the_renames(checkpoints: Path):
+    saved(checkpoints, 100)
+    (checkpoints / "step-000100").rename(checkpoints / ".replaced-step-000100")
+    assert loaded(checkpoints) == (100, {})
+
+
+def test_saving_after_a_rollback_removes_the_steps_beyond_it(checkpoints: Path):
+    saved(checkpoints, 100, 150)
+    saved(checkpoints, 120)
+    assert names(checkpoints) == {"step-000100", "step-000120", "latest"}
+    assert loaded(checkpoints) == (120, {})
+
+
+def test_a_broken_checkpoint_takes_no_place_among_the_kept(checkpoints: Path):
+    store = saved(checkpoints, 100, 150)
+    (checkpoints / "step-000150" / "state.json").write_text("{}")
+    assert store.newest_valid() is not None
+    store.save(200, writer(200))
+    assert names(checkpoints) == {"step-000100", "step-000200", "latest"}
+
+
+def test_keep_must_be_positive(checkpoints: Path):
+    with pytest.raises(CheckpointError, match="keep must be at least 1"):
+        CheckpointStore(checkpoints, keep=0)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path / "engine" / "weights.bin", 999)
+
+
+def _flip_bit(path: Path) -> None:
+    file = path / "engine" / "weights.bin"
+    data = bytearray(file.read_bytes())
+    data[500] ^= 1
+    file.write_bytes(data)
+
+
+def _change_step(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, "step": 150}))
+
+
+def _newer_schema(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 2}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_truncate, "engine/weights.bin has 999 bytes instead of 1000"),
+        (_flip_bit, "the content of engine/weights.bin is not what was written"),
+        (_change_step, "its manifest is of step 150"),
+        (_newer_schema, "its schema version is 2, this program reads 1"),
+        (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+        (lambda path: (path / MANIFEST).unlink(), "manifest.json cannot be read: No such file or directory"),
+        (lambda path: os.truncate(path / MANIFEST, 40), "manifest.json is damaged"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is damaged"),
+        (lambda path: (path / "planted.pt").write_text("x"), "planted.pt is not in the manifest"),
+    ],
+)
+def test_a_broken_checkpoint_is_passed_over_with_the_reason(checkpoints: Path, damage, reason: str):
+    saved(checkpoints, 50, 100)
+    damage(checkpoints / "step-000100")
+    assert loaded(checkpoints) == (50, {"step-000100": reason})
+
+
+def test_when_all_are_broken_the_run_does_not_start_again_by_itself(checkpoints: Path):
+    saved(checkpoints, 50, 100)
+    for path in checkpoints.glob("step-*"):
+        _flip_bit(path)
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is broken"):
+        loaded(checkpoints)
+
+
+def _dangling(latest: Path) -> None:
+    latest.unlink()
+    latest.symlink_to("step-999999")
+
+
+def _to_an_older_one(latest: Path) -> None:
+    latest.unlink()
+    latest.symlink_to("step-000050")
+
+
+def _directory(latest: Path) -> None:
+    latest.unlink()
+    shutil.copytree(latest.parent / "step-000050", latest)
+
+
+@pytest.mark.parametrize("spoil", [_dangling, _to_an_older_one, _directory, Path.unlink])
+def test_latest_does_not_decide_and_is_mended(checkpoints: Path, spoil: Callable[[Path], None]):
+    store = saved(checkpoints, 50, 100)
+    spoil(checkpoints / "latest")
+    assert loaded(checkpoints) == (100, {})
+    store.save(150, writer(150))
+    assert os.readlink(checkpoints / "latest") == "step-000150"
+
+
+def test_leftovers_are_ignored_on_load_and_removed_by_the_next_save(checkpoints: Path):
+    store = saved(checkpoints, 50)
+    shutil.copytree(checkpoints / "step-000050", checkpoints / ".tmp-step-000100")
+    (checkpoints / ".tmp-latest").symlink_to("step-000100")
+    assert loaded(checkpoints) == (50, {})
+    store.save(60, writer(60))
+    assert names(checkpoints) == {"step-000050", "step-000060", "latest"}
+
+
+# ---------------------------------------------------------------- failures of writing
+
+
+def test_too_little_space_is_refused_before_anything_is_written(checkpoints: Path):
+    store = saved(checkpoints, 50)
+    with pytest.raises(CheckpointError, match=rf"needs about {1 << 60} bytes and \d+ bytes are free"):
+        store.save(100, writer(100), expected_bytes=1 << 60)
+    assert names(checkpoints) == {"step-000050", "latest"}
+
+
+def test_the_estimate_is_the_checkpoint_before(checkpoints: Path):
+    saved(checkpoints, 50)
+    manifest = checkpoints / "step-000050" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"bytes": 1000', f'"bytes": {1 << 60}'))
+    with pytest.raises(CheckpointError, match="bytes are free"):
+        saved(checkpoints, 100)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (NumericsError("loss is nan"), NumericsError),
+        (TypeError("a fault of ours"), TypeError),
+        (RuntimeError("unexpected pos 64 vs 0\nbacktrace"), CheckpointError),
+        (OSError(5, "Input/output error"), CheckpointError),
+    ],
+)
+def test_a_failed_write_commits_nothing(checkpoints: Path, raised: Exception, seen: type[Exception]):
+    def fail(directory: Path) -> None:
+        writer(100)(directory)
+        raise raised
+
+    store = saved(checkpoints, 50)
+    with pytest.raises(seen) as caught:
+        store.save(100, fail)
+    assert str(raised).split("\n")[0] in str(caught.value)
+    assert "backtrace" not in str(caught.value)
+    assert names(checkpoints) == {"step-000050", "latest"}
+
+
+def test_a_file_called_like_the_manifest_is_refused(checkpoints: Path):
+    with pytest.raises(CheckpointError, match=r"cannot hold a file manifest.json"):
+        CheckpointStore(checkpoints).save(1, file_writer(MANIFEST))
+    assert loaded(checkpoints) == (None, {})
+
+
+@pytest.mark.parametrize("parent", ["a file", "proc"])
+def test_an_unwritable_directory_is_named(tmp_path: Path, parent: str):
+    (tmp_path / "file").write_text("x")
+    directory = (tmp_path / "file" if parent == "a file" else Path("/proc/sys")) / "run" / "checkpoints"
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 1") as caught:
+        saved(directory, 1)
+    assert str(directory) in str(caught.value)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", mount], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+    yield mount
+    # Lazily: the traceback of a failed torch.save may still hold its file open.
+    subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+@pytest.mark.parametrize("with_torch", [False, True])
+def test_a_full_disk_is_explained_and_the_checkpoint_before_loads(small_disk: Path, with_torch: bool):
+    import torch  # here, because the processes of the tests with two ranks import this module
+
+    def too_much(directory: Path) -> None:
+        (directory / "first").write_bytes(bytes(1 << 20))
+        if with_torch:
+            torch.save(torch.zeros(1 << 20), directory / "weights.pt")
+        else:
+            (directory / "weights.pt").write_bytes(bytes(1 << 22))
+
+    store = saved(small_disk / "checkpoints", 50)
+    with pytest.raises(CheckpointError, match=r"step 100: .*\(\d+ bytes were free\)") as caught:
+        store.save(100, too_much)
+    assert with_torch or "No space left on device" in str(caught.value)
+    assert names(small_disk / "checkpoints") == {"step-000050", "latest"}
+    assert loaded(small_disk / "checkpoints") == (50, {})
+    store.save(150, writer(150))
+    assert loaded(small_disk / "checkpoints") == (150, {})
+
+
+# ---------------------------------------------------------------- two ranks
+
+
+def _rank(rank: int, directory: Path, barrier, failing: int | None, outcomes) -> None:
+    def write(partial: Path) -> None:
+        if rank == failing:
+            raise OSError(28, "No space left on device")
+        (partial / "engine").mkdir(exist_ok=True)
+        name = "weights.bin" if rank == 0 else "of-rank-1.bin"
+        (partial / "engine" / name).write_bytes(content(100))
+
+    store = CheckpointStore(directory)
+    try:
+        outcomes.put((rank, str(store.save(100, write, rank=rank, world_size=2, barrier=barrier.wait))))
+    except CheckpointError as error:
+        outcomes.put((rank, error.what))
+
+
+def _save_on_two_ranks(directory: Path, failing: int | None) -> dict[int, str]:
+    context = multiprocessing.get_context("spawn")
+    barrier, outcomes = context.Barrier(2, timeout=60), context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(r, directory, barrier, failing, outcomes)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    result = dict(outcomes.get() for _ in ranks)
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return result
+
+
+def test_two_ranks_write_one_checkpoint(checkpoints: Path):
+    outcome = _save_on_two_ranks(checkpoints, failing=None)
+    assert outcome == {0: str(checkpoints / "step-000100"), 1: str(checkpoints / "step-000100")}
+    assert names(checkpoints / "step-000100" / "engine") == {"weights.bin", "of-rank-1.bin"}
+    assert names(checkpoints / "step-000100") == {"engine", MANIFEST}
+    assert loaded(checkpoints) == (100, {})
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_when_one_rank_fails_both_raise_and_nothing_is_committed(checkpoints: Path, failing: int):
+    saved(checkpoints, 50)
+    outcome = _save_on_two_ranks(checkpoints, failing)
+    assert "No space left on device" in outcome[failing]
+    other = {0: "rank 0 did not commit step 100", 1: "its part was not written by rank 1"}[failing]
+    assert other in outcome[1 - failing]
+    assert names(checkpoints) == {"step-000050", "latest"}
+
+
+def test_when_rank_0_cannot_prepare_both_raise(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    outcome = _save_on_two_ranks(tmp_path / "file" / "checkpoints", failing=None)
+    assert "Not a directory" in outcome[0]
+    assert "rank 0 made no directory" in outcome[1]
+
+
+def test_a_broken_barrier_does_not_hide_the_first_error(checkpoints: Path):
+    def broken() -> None:
+        raise RuntimeError("peer is gone")
+
+    with pytest.raises(RuntimeError, match="peer is gone"):
+        CheckpointStore(checkpoints).save(1, writer(1), barrier=broken)
+    with pytest.raises(CheckpointError, match="bytes are free"):
+        CheckpointStore(checkpoints).save(1, writer(1), barrier=broken, expected_bytes=1 << 60)
+    assert loaded(checkpoints) == (None, {})

@@ -1,0 +1,91 @@
+"""The ground every test stands on: a private HOME, nothing over the network, one thread, no process left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MARKER = f"LLMSCALE_TEST_SESSION={uuid.uuid4().hex}"  # every process that the tests start inherits it
+PRIVATE_HOME = Path(tempfile.mkdtemp(prefix="llmscale-home-"))
+
+
+def _private_environment() -> None:
+    """Set before torch, ray or a subprocess reads it. The real HOME holds a Ray token and a wandb account."""
+    real_cache = Path(os.environ.pop("XDG_CACHE_HOME", "") or Path.home() / ".cache")
+    extensions = real_cache / "torch_extensions"  # compiled DeepSpeed ops: half a minute to build, so shared
+    extensions.mkdir(parents=True, exist_ok=True)
+    (PRIVATE_HOME / ".cache").mkdir()
+    (PRIVATE_HOME / ".cache" / "torch_extensions").symlink_to(extensions)
+    for inherited in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "RAY_ADDRESS", "HF_HOME"):
+        os.environ.pop(inherited, None)
+    name, value = MARKER.split("=")
+    os.environ.update(
+        {
+            name: value,
+            "HOME": str(PRIVATE_HOME),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # torch calls ninja by name
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "WANDB_MODE": "offline",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
+
+
+_private_environment()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data beside the checkout")
+    return folder
+
+
+def _left_behind() -> dict[int, str]:
+    """Living processes, other than this one, that carry the session's marker: pid -> command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # it ended while we looked, or belongs to another user
+            continue
+        if MARKER.encode() in environment and command and "multiprocessing.resource_tracker" not in command:
+            found[int(entry.name)] = command
+    return found
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a session that leaves processes behind, and end them."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # its service belongs to this process and would end with it
+    deadline = time.monotonic() + 10
+    while (left := _left_behind()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for pid, command in left.items():
+        if reporter is not None:
+            reporter.write_line(f"left behind by the tests: {pid} {command[:150]}", red=True)
+        os.kill(pid, 9)
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(PRIVATE_HOME, ignore_errors=True)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+
+from llmscale.data.chat import ChatRenderer
+from llmscale.data.config import DataConfig, TooLong
+from llmscale.data.preferences import ranked_examples
+from llmscale.data.report import Report
+from llmscale.data.sources import Record
+from llmscale.errors import DataError
+
+
+def ranked(tokenizer, *records, **config):
+    report = Report()
+    made = ranked_examples(
+        [Record(r, f"f:{i}") for i, r in enumerate(records, 1)],
+        DataConfig(train="x", **config),
+        ChatRenderer(tokenizer),
+        report,
+    )
+    return made, report
+
+
+def failure(tokenizer, fields, **config) -> str:
+    with pytest.raises(DataError) as caught:
+        ranked(tokenizer, {"prompt": "Q", "chosen": "A", "rejected": "B"}, fields, **config)
+    assert caught.value.where == "f:2"
+    return caught.value.what
+
+
+def spelled(tokenizer, example) -> list[str]:
+    return [tokenizer.decode(s) for s in example.sequences]
+
+
+PAIR = ["<|user|>Q<|eos|><|assistant|>A<|eos|>", "<|user|>Q<|eos|><|assistant|>B<|eos|>"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"question": "Q", "chosen": "A", "rejected": "B"},
+        {"instruction": "Q", "input": "", "chosen": "A", "rejected": "B"},
+        {"messages": [{"role": "user", "content": "Q"}], "chosen": "A", "rejected": "B"},
+        {
+            "conversations": [{"from": "human", "value": "Q"}],
+            "chosen": {"from": "gpt", "value": "A"},
+            "rejected": {"role": "assistant", "content": "B"},
+        },
+    ],
+)
+def test_pairs_of_every_shape(tokenizer, fields):
+    (example,), report = ranked(tokenizer, fields)
+    assert spelled(tokenizer, example) == PAIR and example.ranks == (1, 2)
+    assert report == Report(records=1, tokens=12)
+
+
+def test_a_conversation_of_several_turns(tokenizer):
+    talk = [{"from": who, "value": what} for who, what in (("human", "Q"), ("gpt", "X"), ("human", "R"))]
+    (example,), _ = ranked(tokenizer, {"conversations": talk, "chosen": "A", "rejected": "B"}, system_prompt="S")
+    said = "<|system|>S<|eos|><|user|>Q<|eos|><|assistant|>X<|eos|><|user|>R<|eos|><|assistant|>"
+    assert spelled(tokenizer, example) == [f"{said}A<|eos|>", f"{said}B<|eos|>"]
+
+
+def test_rankings_of_k_with_ties(tokenizer):
+    made, report = ranked(
+        tokenizer,
+        {"prompt": "Q", "completions": ["A", "B", "C"], "ranks": [2, 1, 2]},
+        {"prompt": "Q", "completions": ["A", "B"], "ranks": [1, 1]},
+    )
+    assert [e.ranks for e in made] == [(2, 1, 2), (1, 1)]
+    assert [len(e.sequences) for e in made] == [3, 2]
+    assert report.tied == 1 and report.records == 2
+
+
+def test_rankings_that_rank_nothing_are_refused(tokenizer):
+    assert "has 1" in failure(tokenizer, {"prompt": "Q", "completions": ["A"], "ranks": [1]})
+    assert "has 10" in failure(tokenizer, {"prompt": "Q", "completions": ["A"] * 10, "ranks": [1] * 10})
+    assert "2 completions and 3 ranks" in failure(
+        tokenizer, {"prompt": "Q", "completions": ["A", "B"], "ranks": [1, 2, 3]}
+    )
+    for ranks in ([0, 1], [1, True], [1, 2.0], ["1", "2"]):
+        assert "whole numbers" in failure(tokenizer, {"prompt": "Q", "completions": ["A", "B"], "ranks": ranks})
+    assert "'ranks'" in failure(tokenizer, {"prompt": "Q", "completions": ["A", "B"]})
+    assert "must be a list" in failure(tokenizer, {"prompt": "Q", "completions": "AB", "ranks": [1, 2]})
+
+
+def test_what_is_missing_or_misplaced_is_named(tokenizer):
+    assert "neither chosen and rejected" in failure(tokenizer, {"prompt": "Q", "good": "A", "bad": "B"})
+    assert "'rejected'" in failure(tokenizer, {"prompt": "Q", "chosen": "A"})
+    user = {"role": "user", "content": "A"}
+    assert "chosen must be the assistant's" in failure(tokenizer, {"prompt": "Q", "chosen": user, "rejected": "B"})
+    ended = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert "ends with the assistant" in failure(tokenizer, {"messages": ended, "chosen": "A", "rejected": "B"})
+
+
+def test_too_long_rankings(tokenizer):
+    late = {"prompt": "Q", "chosen": "AXXXX", "rejected": "BXXXXXX"}  # differ at the fifth token
+    assert ranked(tokenizer, late, max_seq_len=11)[1] == Report(records=1, dropped_too_long=1)
+    (example,), report = ranked(tokenizer, late, max_seq_len=5, too_long=TooLong.truncate)
+    assert spelled(tokenizer, example) == [f"<|user|>Q<|eos|><|assistant|>{x}" for x in "AB"]
+    assert report == Report(records=1, truncated=1, tokens=10)
+    made, report = ranked(tokenizer, late, max_seq_len=4, too_long=TooLong.truncate)
+    assert made == [] and report.dropped_too_long == 1  # nothing tells them apart
+    assert "12 tokens" in failure(tokenizer, late, max_seq_len=11, too_long=TooLong.error)

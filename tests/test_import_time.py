@@ -1,0 +1,40 @@
+"""The command line answers at once: it loads no heavy library before a stage runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ["torch", "ray", "deepspeed", "vllm", "wandb", "transformers", "datasets"]
+MAIN = "import sys; from llmscale.cli import main; sys.exit(main())"
+LIMIT_S = 1.0
+
+
+def python(code: str, *args: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    code = f"import sys, llmscale.cli; print(*[m for m in {HEAVY} if m in sys.modules])"
+    assert python(code).split() == []
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [(["--help"], "pretrain"), (["pretrain", "experiment=demo", "--cfg", "job"], "max_seq_len")],
+    ids=["help", "compose"],
+)
+def test_answers_within_a_second(args: list[str], expected: str):
+    took = []
+    for _ in range(3):  # the best of three: other work on the machine is not what is measured
+        start = time.perf_counter()
+        assert expected in python(MAIN, *args)
+        took.append(time.perf_counter() - start)
+    assert min(took) < LIMIT_S, f"llmscale {' '.join(args)} took {min(took):.2f} s"
