@@ -275,7 +275,9 @@ def _explained(error: Exception, stage: str) -> ConfigError:
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"cannot parse the override: {error}", where=error.override, fix="Write it as path=value.")
+        what = f"cannot parse the override: {str(error).splitlines()[0]}"
+        fix = "Write it as path=value; a value with =, a comma or brackets in it as 'path=\"value\"'."
+        return ConfigError(what, where=error.override, fix=fix)
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         choices = [str(o) for o in error.options or []]

@@ -29,6 +29,3 @@ class LocalPool:
 
     def units(self, method: Callable[..., Any], units: Sequence[Any]) -> Done:
         return Done([method(self.worker, unit) for unit in units])
-
-    def close(self) -> None:
-        self.worker = None

@@ -6,7 +6,9 @@ checkers follow the call. Every call returns at once with a `Pending`; results c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from llmscale.cluster.config import Backend, ClusterConfig
@@ -43,18 +45,24 @@ class WorkerPool(Protocol, Generic[R]):
         on the number of workers: then neither do its results."""
         ...
 
-    def close(self) -> None: ...
 
-
-def open_pools(cluster: ClusterConfig, roles: dict[str, Callable[[], Any]], log_dir: str) -> dict[str, WorkerPool[Any]]:
-    """One pool for each role; `roles` maps its name (a field of ClusterConfig) to what builds the role object on a worker.
+@contextmanager
+def opened_pools(
+    cluster: ClusterConfig, roles: dict[str, Callable[[], Any]], log_dir: Path
+) -> Iterator[dict[str, WorkerPool[Any]]]:
+    """One pool for each role while the context is open; afterwards no worker is left. `roles` maps a role's name (a field
+    of ClusterConfig) to what builds the role object on a worker.
 
     Raises: ClusterError when the cluster lacks the resources.
     """
-    if cluster.backend is Backend.local:
+    if cluster.backend is Backend.local and all(getattr(cluster, name).num_workers == 1 for name in roles):
         from llmscale.cluster.local import LocalPool
 
-        return {name: LocalPool(name, build) for name, build in roles.items()}
-    from llmscale.cluster.ray import open_ray_pools
+        yield {name: LocalPool(name, build) for name, build in roles.items()}
+        return
+    from llmscale.cluster.ray import open_ray_pools, shut_down
 
-    return open_ray_pools(cluster, roles, log_dir)
+    try:
+        yield open_ray_pools(cluster, roles, str(log_dir.resolve()))
+    finally:
+        shut_down()

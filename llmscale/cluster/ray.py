@@ -32,7 +32,6 @@ from llmscale.cluster.config import ClusterConfig, PoolConfig
 from llmscale.errors import ClusterError, LlmscaleError, WorkerError
 
 LOOPBACK = "127.0.0.1"
-CLOSE_TIMEOUT_S = 5.0
 
 
 class Shell:
@@ -131,18 +130,16 @@ class RayPool:
         self.role, self.num_workers, self.group = role, config.num_workers, group
         self.log_dir = log_dir
         variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        actor = ray.remote(Shell).options(
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            resources=dict(config.resources),
-            runtime_env={"env_vars": variables},
-            max_concurrency=1,
-        )
+        resources = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "resources": dict(config.resources)}
         self.actors = [
-            actor.options(
+            ray.remote(Shell)
+            .options(
                 name=f"{role}-{rank}",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            ).remote()
+                runtime_env={"env_vars": variables},
+                **resources,
+            )
+            .remote()
             for rank in range(self.num_workers)
         ]
         self.threads = threads
@@ -179,10 +176,6 @@ class RayPool:
             except RayActorError as error:
                 raise WorkerError("this worker died", where=f"{self.role} {rank}", fix=self._see_log(rank)) from error
         return ray.get(refs)
-
-    def close(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
 
     def _explained(self, error: RayTaskError, rank: int) -> LlmscaleError:
         if isinstance(error.cause, LlmscaleError):

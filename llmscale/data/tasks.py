@@ -1,46 +1,46 @@
 """Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
 
 `task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with people,
-the demonstrations are imperfect: their writers often put a repeated letter down only once, and sometimes swap two
+the demonstrations are imperfect: their writers mostly put a repeated letter down only once, and sometimes swap two
 neighbours. Those who rank completions compare them with the right answer, so the rankings know better; that difference
-is what RLHF is for. Words of the splits `test` and the others never overlap.
+is what RLHF is for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
 
 from llmscale.errors import DataError
 
 TASK = "task:"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORD_LENGTH = (3, 7)
+LETTERS = "abcdefghij"
+WORD_LENGTH = (4, 6)
 WRITES_REPEATS_ONCE = 0.6  # of the demonstrations whose word repeats a letter
 SWAPS_NEIGHBOURS = 0.2  # of all demonstrations
-SIZES = {"pretrain": 20_000, "sft": 4_000, "rankings": 4_000, "prompts": 8_000, "test": 512}
+
+Record = dict[str, Any]
 
 
-def read_task(source: str) -> Iterator[dict[str, Any]]:
+def read_task(source: str) -> Iterator[Record]:
     """The records of a split, the same ones for the same seed.
 
     Raises: DataError for a task, split or option that there is not.
     """
     parts = urlsplit(source.removeprefix(TASK))
     name, _, split = parts.path.partition("/")
-    given = dict(parse_qsl(parts.query))
-    if name != "sorting" or split not in SIZES:
-        known = ", ".join(f"{TASK}sorting/{s}" for s in SIZES)
+    given = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if name != "sorting" or split not in SPLITS:
+        known = ", ".join(f"{TASK}sorting/{s}" for s in SPLITS)
         raise DataError("there is no such task or split", where=source, fix=f"There is: {known}.")
-    if not set(given) <= {"seed", "size"} or not all(value.isdigit() for value in given.values()):
+    if not set(given) <= {"seed", "size"} or not all(value.isdecimal() for value in given.values()):
         raise DataError("a task takes seed and size, whole numbers", where=source, fix="?seed=0&size=1000")
-    rng = random.Random(f"{source.partition('?')[0]} {given.get('seed', 0)}")  # a string: seeded by its SHA-512
-    for _ in range(int(given.get("size", SIZES[split]))):
-        word = _word(rng, held_out=split == "test")
-        yield _RECORDS[split](rng, word)
+    seed, size = int(given.get("seed", 0)), int(given.get("size", SPLITS[split].size))
+    rng = random.Random(f"{name}/{split} {seed}")  # a string: seeded by its SHA-512
+    return (SPLITS[split].record(rng, _word(rng, held_out=split.startswith("test"))) for _ in range(size))
 
 
 def prompt_of(word: str) -> str:
@@ -55,41 +55,29 @@ def demonstration(rng: random.Random, word: str) -> str:
     """What a person would have written."""
     answer = answer_of(word)
     if len(set(word)) < len(word) and rng.random() < WRITES_REPEATS_ONCE:
-        answer = "".join(sorted(set(word)))
+        answer = answer_of("".join(set(word)))
     return _swapped(rng, answer) if rng.random() < SWAPS_NEIGHBOURS else answer
 
 
 def _word(rng: random.Random, held_out: bool) -> str:
-    """A word of few different letters, so that repeats are common; a tenth of all words is held out by its checksum."""
+    """A random word; which tenth of all words is held out says the checksum."""
     while True:
-        length = rng.randint(*WORD_LENGTH)
-        letters = rng.sample(LETTERS, k=rng.randint(2, length))
-        word = "".join(rng.choice(letters) for _ in range(length))
+        word = "".join(rng.choices(LETTERS, k=rng.randint(*WORD_LENGTH)))
         if (crc32(word.encode()) % 10 == 0) == held_out:
             return word
 
 
-def _text(rng: random.Random, word: str) -> dict[str, Any]:
+def _text(rng: random.Random, word: str) -> Record:
     """Raw text about letters and their order, without the form of a conversation."""
-    answer, start = answer_of(word), rng.randrange(20)
-    return {
-        "text": rng.choice(
-            [
-                f"in order, {word} is {answer}",
-                f"{word} in order: {answer}",
-                f"{answer} has its letters in order, {word} may not",
-                f"the letters of {word} are {' '.join(word)}",
-                f"from {LETTERS[start]} on: {LETTERS[start : start + 6]}",
-            ]
-        )
-    }
+    answer = answer_of(word)
+    return {"text": rng.choice([f"{word} sorted: {answer}", f"{word}: {answer}"])}
 
 
-def _pair(rng: random.Random, word: str) -> dict[str, Any]:
+def _pair(rng: random.Random, word: str) -> Record:
     return {"prompt": prompt_of(word), "completion": demonstration(rng, word)}
 
 
-def _ranking(rng: random.Random, word: str) -> dict[str, Any]:
+def _ranking(rng: random.Random, word: str) -> Record:
     """Four attempts of different care, ranked by how far they are from the right answer; equal ones are tied."""
     answer = answer_of(word)
     attempts = [demonstration(rng, word), answer]
@@ -101,7 +89,7 @@ def _ranking(rng: random.Random, word: str) -> dict[str, Any]:
     return {"prompt": prompt_of(word), "completions": attempts, "ranks": ranks, "answer": answer}
 
 
-def _prompt(rng: random.Random, word: str) -> dict[str, Any]:
+def _prompt(rng: random.Random, word: str) -> Record:
     return {"prompt": prompt_of(word), "answer": answer_of(word)}
 
 
@@ -138,4 +126,17 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-_RECORDS = {"pretrain": _text, "sft": _pair, "rankings": _ranking, "prompts": _prompt, "test": _prompt}
+class Split(NamedTuple):
+    size: int  # records, where the source does not say
+    record: Callable[[random.Random, str], Record]
+
+
+SPLITS = {
+    "pretrain": Split(50_000, _text),
+    "sft": Split(8_000, _pair),
+    "rankings": Split(8_000, _ranking),
+    "prompts": Split(8_000, _prompt),
+    "test": Split(512, _prompt),
+    "test-sft": Split(256, _pair),
+    "test-rankings": Split(256, _ranking),
+}

@@ -20,7 +20,7 @@ from llmscale.batch import Trajectory
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.run_directory import RunDirectory, open_run
 from llmscale.checkpoint.run_state import RunState
-from llmscale.cluster.pool import WorkerPool, open_pools
+from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import VersionCounter
 from llmscale.config import build, to_dict
 from llmscale.data.loader import SampleOrder, micro_batches
@@ -57,6 +57,7 @@ class Rlhf:
         self.step = 0
         self.first_eval: Metrics = {}
         self.timings: Metrics = {}
+        self.pools: dict[str, WorkerPool[Any]] = {}
         self.state = RunState()
         self.state.register("loop", self)
 
@@ -214,16 +215,11 @@ class Rlhf:
     def pools_open(self) -> Iterator[None]:
         config_file = str((self.run.path / "config.yaml").resolve())
         builds = {name: partial(role, config_file) for name, role in ROLES.items()}
-        self.pools: dict[str, WorkerPool] = {}
         started = time.perf_counter()
-        try:
-            self.pools = open_pools(self.config.cluster, builds, str(self.run.attempt_dir.resolve()))
+        with opened_pools(self.config.cluster, builds, self.run.attempt_dir) as self.pools:
             workers = {name: pool.num_workers for name, pool in self.pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
             yield
-        finally:
-            for pool in self.pools.values():
-                pool.close()
 
     def save(self, store: CheckpointStore) -> None:
         def write(directory: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmscale.batch import Batch
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.durable import commit_directory
 from llmscale.checkpoint.run_directory import RunDirectory, open_run
-from llmscale.cluster.pool import open_pools
+from llmscale.cluster.pool import opened_pools
 from llmscale.config import build, load, to_dict
 from llmscale.data.loader import SampleOrder, micro_batches, shard
 from llmscale.data.sources import read_records
@@ -28,6 +29,8 @@ from llmscale.models.loading import Model, load_language_model, load_scalar_mode
 from llmscale.protocols import Tracker
 from llmscale.stages.config import SupervisedConfig
 from llmscale.tracking.composite import NullTracker, open_trackers
+from llmscale.tracking.console import ConsoleTracker
+from llmscale.tracking.follow import following
 from llmscale.training.loop import Hook, Metrics, train
 
 LOADERS = {"pretrain": load_text, "sft": load_conversations, "reward": load_rankings}
@@ -180,12 +183,22 @@ class TrainerRole:
     def __init__(self, config_file: str, run_dir: str):
         self.run = SupervisedRun(load(Path(config_file)), Path(run_dir))
 
+    def num_steps(self) -> int:
+        return self.run.num_steps
+
     def train(self) -> dict[str, Any]:
         return self.run.train()
 
 
 def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
-    raise RuntimeError
+    """Start a pool of ranks and show what rank 0 writes into the run directory."""
+    run_dir = directory.path.resolve()
+    roles = {"trainer": partial(TrainerRole, str(run_dir / "config.yaml"), str(run_dir))}
+    with opened_pools(config.cluster, roles, directory.attempt_dir) as pools:
+        total_steps = pools["trainer"].call(TrainerRole.num_steps).wait()[0]
+        console = ConsoleTracker(config.tracking.console_every_s, title=config.stage, total_steps=total_steps)
+        with following(run_dir, console):
+            return pools["trainer"].call(TrainerRole.train).wait()[0]
 
 
 def prepare_tokenizer(config: SupervisedConfig, run_dir: Path) -> Any:
