@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import signal
 import sys
@@ -60,9 +59,15 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _raise_interrupt)
     module, _, function = str(options(STAGE)[arguments.stage].builds).partition(":")
     entry = getattr(importlib.import_module(module), function)
-    result = entry(configs) if arguments.stage == "pipeline" else entry(configs[arguments.stage])
-    if result is not None:
-        print(json.dumps(result, indent=1))
+    if arguments.stage == "pipeline":
+        results = entry(configs)
+    else:
+        result = entry(configs[arguments.stage])
+        results = {arguments.stage: result} if result is not None else {}
+    if results:
+        from llmscale.stages.summary import print_summary
+
+        print_summary(results)
     return 0
 
 

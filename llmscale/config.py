@@ -98,7 +98,8 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dir: str | None = 
     for known in _OPTIONS.values():
         group = None if known.group == STAGE else known.group
         store.store(name=f"{known.name}_schema", group=group, node=known.config)
-    composed = _compose_with_hydra(stage, [*_search_path(config_dir), *_expand_experiment(overrides, stage)])
+    given = _quote_text(_expand_experiment(overrides, stage), stage)
+    composed = _compose_with_hydra(stage, [*_search_path(config_dir), *given])
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
@@ -142,6 +143,19 @@ def _expand_experiment(overrides: Sequence[str], stage: str) -> list[str]:
     return [
         f"{o}/{stage}" if re.fullmatch(r"experiment=[\w-]+", o) and o != "experiment=null" else o for o in overrides
     ]
+
+
+def _quote_text(overrides: Sequence[str], stage: str) -> list[str]:
+    """Quote the values of text fields, so that a prompt with a comma or a path with `=` needs no second quoting."""
+    text = {path for path, hint in _paths(_OPTIONS[STAGE, stage].config, "") if str in (hint, *typing.get_args(hint))}
+    quoted = []
+    for override in overrides:
+        path, _, value = override.partition("=")
+        if path in text and value not in ("", "null", "???") and value[0] not in "\"'":
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            override = f'{path}="{escaped}"'
+        quoted.append(override)
+    return quoted
 
 
 # ---------------------------------------------------------------- freezing
@@ -248,12 +262,13 @@ def at_least(config: Any, **minimums: float) -> Iterator[Problem]:
 
 def known_paths(stage: str) -> list[str]:
     """Every dotted path that the stage's config can have, over all options of its groups."""
-    return sorted(set(_paths(_OPTIONS[STAGE, stage].config, "")))
+    return sorted({path for path, _ in _paths(_OPTIONS[STAGE, stage].config, "")})
 
 
-def _paths(kind: type, prefix: str) -> Iterator[str]:
+def _paths(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Each path with its type."""
     for name, hint in typing.get_type_hints(kind).items():
-        yield f"{prefix}{name}"
+        yield f"{prefix}{name}", hint
         for arg in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(arg) and isinstance(arg, type):
                 choices = [o.config for o in _OPTIONS.values() if issubclass(o.config, arg)]

@@ -27,7 +27,7 @@ def atomic_write_text(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
-def commit_directory(target: Path, write: Callable[[Path], None]) -> None:
+def commit_directory(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary sibling of `target`, bring it to disk, and put it in the place of `target`.
 
     When `write` fails, what stood at `target` still stands there.

@@ -6,14 +6,12 @@ checkers follow the call. Every call returns at once with a `Pending`; results c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from llmscale.cluster.config import Backend, ClusterConfig
-
-R = TypeVar("R")
 
 
 class Pending(Protocol):
@@ -27,7 +25,7 @@ class Pending(Protocol):
         ...
 
 
-class WorkerPool(Protocol, Generic[R]):
+class WorkerPool(Protocol):
     """`num_workers` workers that each hold one role object."""
 
     num_workers: int
@@ -48,8 +46,8 @@ class WorkerPool(Protocol, Generic[R]):
 
 @contextmanager
 def opened_pools(
-    cluster: ClusterConfig, roles: dict[str, Callable[[], Any]], log_dir: Path
-) -> Iterator[dict[str, WorkerPool[Any]]]:
+    cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: Path
+) -> Iterator[Mapping[str, WorkerPool]]:
     """One pool for each role while the context is open; afterwards no worker is left. `roles` maps a role's name (a field
     of ClusterConfig) to what builds the role object on a worker.
 

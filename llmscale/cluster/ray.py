@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ class RayPool:
         self.log_dir = log_dir
         variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         resources = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "resources": dict(config.resources)}
-        self.actors = [
+        self.actors: list[Any] = [
             ray.remote(Shell)
             .options(
                 name=f"{role}-{rank}",
@@ -187,7 +187,7 @@ class RayPool:
         return f"Its log: {self.log_dir}/{self.role}-{rank}.log"
 
 
-def open_ray_pools(cluster: ClusterConfig, roles: dict[str, Callable[[], Any]], log_dir: str) -> dict[str, RayPool]:
+def open_ray_pools(cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: str) -> dict[str, RayPool]:
     """Connect to Ray or start it here, reserve a placement group for each role, and build every role at the same time."""
     configs: dict[str, PoolConfig] = {name: getattr(cluster, name) for name in roles}
     _connect(cluster, configs)

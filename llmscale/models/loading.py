@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -34,7 +35,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
-        self.hf = hf
+        self.hf: Any = hf  # its attributes differ from architecture to architecture
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         # use_cache=False in the call: with a cache transformers does not detect packed rows and lets documents leak.
@@ -46,7 +47,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
-        self.hf = hf
+        self.hf: Any = hf  # its attributes differ from architecture to architecture
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
@@ -76,7 +77,7 @@ def resolve(path: str, holds: str = "config.json") -> str:
     return path
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub name; one without a padding token pads with its end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(path, "tokenizer_config.json"))
@@ -89,7 +90,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LanguageModel:
+def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LanguageModel:
     """A randomly initialised decoder of the configured size; the same seed gives the same weights."""
     sizes = {
         "vocab_size": len(tokenizer),
@@ -136,7 +137,7 @@ def has_scalar_head(path: str) -> bool:
     return any("SequenceClassification" in name for name in architectures or [])
 
 
-def save_hf(model: Model, tokenizer: PreTrainedTokenizerBase, directory: Path, weights: dict[str, Tensor]) -> None:
+def save_hf(model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, weights: dict[str, Tensor]) -> None:
     """Write a folder that transformers, vLLM and PEFT load as it is. `weights` are named as in `model`, a tied one
     once."""
     state = {name.removeprefix("hf."): value for name, value in weights.items()}

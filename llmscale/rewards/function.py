@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from llmscale.batch import Trajectory
 from llmscale.errors import ConfigError, WorkerError
@@ -16,7 +16,7 @@ from llmscale.rewards.config import FunctionConfig
 class FunctionReward:
     """Calls `function(prompt, completion, fields) -> float` on each sample."""
 
-    def __init__(self, config: FunctionConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: FunctionConfig, tokenizer: PreTrainedTokenizerFast):
         file, _, name = config.path.rpartition(":")
         spec = importlib.util.spec_from_file_location("llmscale_user_reward", file)
         if spec is None or spec.loader is None or not Path(file).is_file():

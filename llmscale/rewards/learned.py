@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from llmscale import distributed
 from llmscale.batch import Trajectory, token_tensors
@@ -21,7 +21,7 @@ BATCH_SIZE = 32  # rows of one forward
 class LearnedReward:
     """The scalar at the last token, standardised by what the reward model scored on its held-out completions."""
 
-    def __init__(self, config: LearnedConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: LearnedConfig, tokenizer: PreTrainedTokenizerFast):
         if not has_scalar_head(config.path):
             raise ModelError("this is not a reward model", where="reward.path", fix="Name a run of llmscale reward.")
         if load_tokenizer(config.path).get_vocab() != tokenizer.get_vocab():

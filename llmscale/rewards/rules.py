@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from llmscale.batch import Trajectory
 from llmscale.errors import DataError
@@ -29,7 +29,7 @@ def final_number(text: str) -> str | None:
 class AnswerReward:
     """1.0 where a completion gives the reference answer of its prompt, else 0.0."""
 
-    def __init__(self, config: AnswerConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: AnswerConfig, tokenizer: PreTrainedTokenizerFast):
         self.config = config
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
 from llmscale import distributed
 from llmscale.batch import Trajectory
@@ -25,7 +25,7 @@ class HFRollout:
         self,
         config: HFRolloutConfig,
         model: LanguageModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerFast,
         seed: int,
         stop_ids: Sequence[int],
     ):
@@ -90,5 +90,5 @@ class HFRollout:
             weight_versions=np.where(produced, self.version, -1).astype(np.int32),
             finished=len(ends) > 0,
             prompt=request.prompt,
-            completion=self.tokenizer.decode(completion[:length], skip_special_tokens=True),
+            completion=str(self.tokenizer.decode(completion[:length], skip_special_tokens=True)),
         )

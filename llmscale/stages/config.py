@@ -182,6 +182,7 @@ class UseConfig:
 class GenerateConfig(UseConfig):
     stage: str = "generate"
     prompt: str | None = None  # None: one prompt a line from standard input
+    raw: bool = False  # continue the prompt as plain text, without the chat template: for pretrained models
 
 
 @option(STAGE, "chat", builds="llmscale.stages.use:chat")

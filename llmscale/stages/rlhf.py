@@ -8,7 +8,7 @@ Each pool (policy, critic, reference, reward, rollout) runs in Ray actors or in 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ class Rlhf:
         self.step = 0
         self.first_eval: Metrics = {}
         self.timings: Metrics = {}
-        self.pools: dict[str, WorkerPool[Any]] = {}
+        self.pools: Mapping[str, WorkerPool] = {}
         self.state = RunState()
         self.state.register("loop", self)
 
@@ -207,6 +207,7 @@ class Rlhf:
             "run_dir": str(self.run.path),
             "steps": self.step,
             "seconds": time.perf_counter() - started,
+            "example": (self.held_out or self.prompts)[0].text,
             "before": self.first_eval,
             "metrics": metrics,
         }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
 from llmscale.training.loop import Hook, Metrics, train
 
-LOADERS = {"pretrain": load_text, "sft": load_conversations, "reward": load_rankings}
+LOADERS: dict[str, Callable[..., Split[Any]]] = {"pretrain": load_text, "sft": load_conversations, "reward": load_rankings}
 
 
 class SupervisedRun:
@@ -43,7 +44,7 @@ class SupervisedRun:
         self.config, self.run_dir = config, run_dir
         self.world = distributed.join(config.cluster.collective_timeout_s)
         self.tokenizer = prepare_tokenizer(config, run_dir)
-        self.split: Split[Any] = LOADERS[config.stage](config.data, self.tokenizer)
+        self.split = LOADERS[config.stage](config.data, self.tokenizer)
         self.order = SampleOrder(len(self.split.train), config.run.seed)
         self.num_steps = config.training.num_steps or math.ceil(
             config.training.num_epochs * len(self.split.train) / config.training.global_batch_size
