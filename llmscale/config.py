@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import re
 import types
 import typing
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llmscale.errors import ConfigError, UsageError
+from llmscale.errors import ConfigError, LlmscaleError, UsageError
 
 T = TypeVar("T")
 Problem = tuple[str, str, str]  # dotted path within the object, what is wrong, what to do
@@ -77,9 +78,12 @@ def import_plugins(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except LlmscaleError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            what = f"cannot import plugin {module!r}: {type(error).__name__}: {error}"
             raise ConfigError(
-                f"cannot import plugin {module!r}: {error}", where="plugins", fix="Put its folder on PYTHONPATH."
+                what, where="plugins", fix="Put its folder on PYTHONPATH, and mend what it says."
             ) from error
 
 
@@ -91,71 +95,117 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dir: str | None = 
 
     Raises: ConfigError naming the dotted path and, for an unknown name, the nearest right one.
     """
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
+
+    given = _as_hydra(overrides, stage, config_dir)
+    composed = compose_unchecked(stage, given, config_dir)
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise _missing(missing[0], stage)
+        config = OmegaConf.to_object(composed)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _explained(error, stage, given) from error
+    import_plugins(getattr(config, "plugins", []))  # a worker will; better to fail here
+    check(config)
+    if config.stage != stage:
+        raise ConfigError(f"is {stage} here", where="stage", fix=f"llmscale {config.stage} starts another stage.")
+    return config
+
+
+def compose_unchecked(stage: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:
+    """What Hydra makes of it: values may be missing or impossible together."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     for known in _OPTIONS.values():
         group = None if known.group == STAGE else known.group
         store.store(name=f"{known.name}_schema", group=group, node=known.config)
-    given = _quote_text(_expand_experiment(overrides, stage), stage)
-    composed = _compose_with_hydra(stage, [*_search_path(config_dir), *given])
-    try:
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError("this value is needed and has no default", where=missing[0], fix=f"Add {missing[0]}=...")
-        config = OmegaConf.to_object(composed)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise _explained(error, stage) from error
-    check(config)
-    return config
-
-
-def _compose_with_hydra(stage: str, overrides: list[str]) -> Any:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir, initialize_config_module
-
-    # A bare checkout has conf/ beside the package; an installation has it inside, as llmscale.conf.
-    if find_spec("llmscale.conf") is not None:
-        opened = initialize_config_module(config_module="llmscale.conf", version_base="1.3")
-    else:
-        opened = initialize_config_dir(str(Path(__file__).parent.parent / "conf"), version_base="1.3")
-    with opened:
+    shipped, *own = _config_dirs(config_dir)
+    search = [f"hydra.searchpath=[{_quoted(f'file://{folder}')}]" for folder in own]
+    with initialize_config_dir(str(shipped), version_base="1.3"):
         try:
-            return hydra_compose(config_name=stage, overrides=overrides)
+            return hydra_compose(config_name=stage, overrides=[*search, *overrides])
         except Exception as error:
-            raise _explained(error, stage) from error
+            raise _explained(error, stage, overrides) from error
 
 
-def _search_path(config_dir: str | None) -> list[str]:
+def _config_dirs(config_dir: str | None) -> list[Path]:
+    """The shipped tree and the user's own, if there is one."""
+    # A bare checkout has conf/ beside the package; an installation has it inside, as llmscale.conf.
+    installed = find_spec("llmscale.conf")
+    shipped = Path(installed.origin).parent if installed and installed.origin else Path(__file__).parent.parent / "conf"
     if config_dir is None:
-        return []
+        return [shipped]
     folder = Path(config_dir).resolve()
     if not folder.is_dir():
-        raise UsageError(f"no such directory: {folder}", where="--config-dir")
-    return [f"hydra.searchpath=[file://{folder}]"]
+        raise UsageError(f"no such directory: {folder}", where="--config-dir", fix="Name a folder of config groups.")
+    return [shipped, folder]
 
 
-def _expand_experiment(overrides: Sequence[str], stage: str) -> list[str]:
-    """An experiment is a folder with one YAML a stage: `experiment=demo` means `experiment=demo/<stage>` here."""
-    return [
-        f"{o}/{stage}" if re.fullmatch(r"experiment=[\w-]+", o) and o != "experiment=null" else o for o in overrides
-    ]
+def choices(group: str, config_dir: str | None = None) -> list[str]:
+    """What `group=` can be: the YAML files of the group, or the folders of the group `experiment`."""
+    entries = [entry for folder in _config_dirs(config_dir) for entry in (folder / group).glob("[!._]*")]
+    return sorted({e.stem for e in entries if (e.is_dir() if group == EXPERIMENT else e.suffix == ".yaml")})
 
 
-def _quote_text(overrides: Sequence[str], stage: str) -> list[str]:
-    """Quote the values of text fields, so that a prompt with a comma or a path with `=` needs no second quoting."""
-    text = {path for path, hint in _paths(_OPTIONS[STAGE, stage].config, "") if str in (hint, *typing.get_args(hint))}
-    quoted = []
+def _as_hydra(overrides: Sequence[str], stage: str, config_dir: str | None) -> list[str]:
+    """Overrides as Hydra wants them.
+
+    A prompt with a comma or a path with `=` needs no second quoting. A key of an open mapping needs no `+`, and no other
+    key may be added. `group=null` takes a choice back. `experiment=demo` means `experiment=demo/<stage>` here.
+    """
+    hints = dict(_paths(_OPTIONS[STAGE, stage].config, ""))
+    given = []
     for override in overrides:
-        path, _, value = override.partition("=")
-        if path in text and value not in ("", "null", "???") and value[0] not in "\"'":
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            override = f'{path}="{escaped}"'
-        quoted.append(override)
-    return quoted
+        path, equals, value = override.partition("=")
+        path = path.lstrip("+")
+        if not equals or not path or path.startswith("~"):
+            fix = "Write path=value; a value can be null, but no key can be taken away."
+            raise ConfigError("this is not path=value", where=override, fix=fix)
+        if path == EXPERIMENT:
+            value = _experiment(value, stage, config_dir)
+        group = _group_of(hints.get(path))
+        if group not in (None, path):
+            path = f"{group}@{path}"  # true_reward=answer chooses from the group `reward`
+        if value == "null" and (group or path == EXPERIMENT):
+            given.append(f"~{path}")
+            continue
+        parent = next((p for p in _parents(path) if typing.get_origin(hints.get(p)) is dict), None)
+        hint = typing.get_args(hints[parent])[1] if parent else hints.get(path)
+        if str in (hint, *_members(hint)) and value not in ("", "null", "???") and not _IN_QUOTES.fullmatch(value):
+            value = _quoted(value)
+        given.append(f"{'++' if parent else ''}{path}={value}")
+    return given
+
+
+EXPERIMENT = "experiment"
+_IN_QUOTES = re.compile(r"""(["'])(\\.|(?!\1)[^\\])*\1""", re.DOTALL)
+
+
+def _experiment(name: str, stage: str, config_dir: str | None) -> str:
+    """An experiment is a folder with one YAML a stage."""
+    if name == "null" or "/" in name:
+        return name
+    known = [e for e in choices(EXPERIMENT, config_dir) if _has_stage(e, stage, config_dir)]
+    if name in known:
+        return f"{name}/{stage}"
+    listed = f"There is: {', '.join(known)}." if known else f"No experiment has a {stage}.yaml."
+    raise ConfigError(f"no experiment {name!r} for {stage}", where=EXPERIMENT, fix=_did_you_mean(name, known) + listed)
+
+
+def _has_stage(experiment: str, stage: str, config_dir: str | None) -> bool:
+    return any((d / EXPERIMENT / experiment / f"{stage}.yaml").is_file() for d in _config_dirs(config_dir))
+
+
+def _quoted(text: str) -> str:
+    """Text in Hydra's quotes, where a backslash is special only in front of a quote."""
+    escaped = re.sub(r'(\\+)(?="|\Z)', r"\1\1", text).replace('"', r"\"")
+    return f'"{escaped}"'
 
 
 # ---------------------------------------------------------------- freezing
@@ -240,10 +290,15 @@ def check(config: Any) -> None:
 
 
 def _problems(config: Any, prefix: str) -> Iterator[Problem]:
+    known = next((o for o in _OPTIONS.values() if o.config is type(config)), None)
+    if known is not None and known.group != STAGE and config.name != known.name:
+        yield f"{prefix}name", "is not set, but chosen", f"Write {prefix.rstrip('.')}={config.name}."
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from _problems(value, f"{prefix}{f.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{prefix}{f.name}", f"must be a finite number, is {value}", "Give it in digits."
     if hasattr(config, "problems"):
         for path, what, fix in config.problems():
             yield f"{prefix}{path}", what, fix
@@ -269,44 +324,127 @@ def _paths(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
     """Each path with its type."""
     for name, hint in typing.get_type_hints(kind).items():
         yield f"{prefix}{name}", hint
-        for arg in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(arg) and isinstance(arg, type):
-                choices = [o.config for o in _OPTIONS.values() if issubclass(o.config, arg)]
-                for choice in [arg, *choices]:
-                    yield from _paths(choice, f"{prefix}{name}.")
+        for config in _configs_of(hint):
+            yield from _paths(config, f"{prefix}{name}.")
+
+
+def _configs_of(hint: Any) -> list[type]:
+    """The dataclasses that a field of this type can hold."""
+    bases = [a for a in _members(hint) if dataclasses.is_dataclass(a) and isinstance(a, type)]
+    return bases + [o.config for base in bases for o in _OPTIONS.values() if issubclass(o.config, base)]
+
+
+def _group_of(hint: Any) -> str | None:
+    """The group whose options a field of this type can hold."""
+    return next((o.group for o in _OPTIONS.values() if o.config in _configs_of(hint)), None)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that it is."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
 
 
 def nearest(path: str, candidates: Sequence[str]) -> str | None:
-    """The candidate most like `path`: the same last name elsewhere first, then the closest spelling."""
-    leaf = path.rsplit(".", 1)[-1]
-    same_leaf = [c for c in candidates if c.rsplit(".", 1)[-1] == leaf and c != path]
+    """The candidate most like `path`: a like name in the same place, the same last name elsewhere, a like spelling."""
+    parent, _, leaf = path.rpartition(".")
+    beside = {c.rpartition(".")[2]: c for c in candidates if c.rpartition(".")[0] == parent and c != path}
+    if parent and (found := difflib.get_close_matches(leaf, list(beside), n=1)):
+        return beside[found[0]]
+    same_leaf = [c for c in candidates if c.rpartition(".")[2] == leaf and c != path]
     found = difflib.get_close_matches(path, same_leaf or candidates, n=1, cutoff=0.0 if same_leaf else 0.6)
     return found[0] if found else None
 
 
-def _explained(error: Exception, stage: str) -> ConfigError:
-    """Hydra's and OmegaConf's errors as one line with the dotted path and the nearest right name."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
+def _did_you_mean(name: str, candidates: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, candidates, n=1)
+    return f"Did you mean {found[0]}? " if found else ""
 
-    if isinstance(error, OverrideParseException):
-        what = f"cannot parse the override: {str(error).splitlines()[0]}"
-        fix = "Write it as path=value; a value with =, a comma or brackets in it as 'path=\"value\"'."
-        return ConfigError(what, where=error.override, fix=fix)
+
+def _missing(path: str, stage: str) -> ConfigError:
+    group = _group_of(dict(_paths(_OPTIONS[STAGE, stage].config, "")).get(path.removesuffix(".name")))
+    if group is not None and path.endswith(".name"):
+        fix = f"Begin its YAML with `defaults: [NAME_schema]`; NAME is one of {', '.join(options(group))}."
+        return ConfigError(f"this choice of {group} does not say what it configures", where=path, fix=fix)
+    return ConfigError("this value is needed and has no default", where=path, fix=f"Add {path}=...")
+
+
+def _unknown(path: str, stage: str) -> ConfigError:
+    """A path that the composed config lacks: of another option, of another stage, or of none."""
+    hints = dict(_paths(_OPTIONS[STAGE, stage].config, ""))
+    for parent in _parents(path) if path in hints else ():
+        field, group = path.removeprefix(f"{parent}."), _group_of(hints[parent])
+        owners = [o.name for o in options(group or "").values() if field in dict(_paths(o.config, ""))]
+        if owners:
+            fix = f"Choose {' or '.join(f'{parent}={name}' for name in owners)}, or leave it out."
+            return ConfigError(f"belongs to {parent}={owners[0]}, which is not chosen", where=path, fix=fix)
+    others = [s for s in options(STAGE) if any(p in known_paths(s) for p in (path, path.partition("@")[0]))]
+    if others and path not in hints:
+        what = f"{stage} has no such key; it is one of {', '.join(others)}"
+        return ConfigError(what, where=path, fix=f"Leave it out; in a pipeline, write {others[0]}.{path}=...")
+    found = nearest(path, list(hints))
+    parent = path.rpartition(".")[0]
+    beside = [p.rpartition(".")[2] for p in hints if parent and p.rpartition(".")[0] == parent]
+    hint = f"Did you mean {found}? " if found else ""
+    listed = f"{parent} has: {', '.join(beside)}." if beside else f"llmscale {stage} --help lists every key."
+    return ConfigError(f"{stage} has no such key", where=path, fix=hint + listed)
+
+
+def _expected(hint: Any) -> str:
+    """A type in words."""
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    words = []
+    for member in _members(hint):
+        if isinstance(member, type) and issubclass(member, Enum):
+            words.append(f"one of {', '.join(member.__members__)}")
+        elif dataclasses.is_dataclass(member):
+            words.append("keys of its own")
+        elif typing.get_origin(member) is list:
+            words.append("a list, such as [a,b]")
+        elif typing.get_origin(member) is dict:
+            words.append("a mapping, such as {a: b}")
+        else:
+            words.append(names.get(member, "a value"))
+    return " or ".join(words)
+
+
+def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's and OmegaConf's errors as one line with the dotted path and what is right there."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
+
     if isinstance(error, MissingConfigException):
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        choices = [str(o) for o in error.options or []]
-        found = difflib.get_close_matches(name, choices, n=1)
-        hint = f"Did you mean {group}={found[0]}? " if found else ""
-        listed = ", ".join(c for c in choices if not c.endswith("_schema"))
-        return ConfigError(f"there is no {name!r} here", where=group or stage, fix=f"{hint}There is: {listed}.")
+        return _unknown_choice(error, stage)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     message = str(cause).split("\n")[0]
-    overridden = re.search(r"Could not override '([^']+)'", str(error))
-    path = getattr(cause, "full_key", None) or (overridden.group(1) if overridden else None)
-    unknown = re.search(r"not in|No match", f"{error} {cause}") is not None
-    if path is None or not unknown:
-        return ConfigError(message, where=path, fix="llmscale STAGE --cfg job shows every value with its path.")
-    found_path = nearest(path, [*known_paths(stage), *groups()])
-    fix = f"Did you mean {found_path}?" if found_path else "llmscale STAGE --cfg job shows every path."
-    return ConfigError("there is no such key", where=path, fix=fix)
+    given = {path.lstrip("+~"): value for path, _, value in (o.partition("=") for o in overrides)}
+    named = re.search(r"Could not (?:override|append to config|delete from config)\W+([\w.@/]+)", str(error))
+    in_text = next((o.partition("=")[0] for o in overrides if f"'{o}'" in str(error)), None)
+    path = getattr(cause, "full_key", None) or (named[1] if named else None) or in_text
+    if isinstance(error, OverrideParseException) or (path is not None and path == in_text):
+        where = (error.override if isinstance(error, OverrideParseException) else str(path)).partition("=")[0]
+        fix = "Give one value; put one with a comma, brackets or = in it in quotes: 'path=\"value\"'."
+        return ConfigError("this value cannot be read", where=where.lstrip("+"), fix=fix)
+    if path is None:
+        path = next((p for p in given if p not in known_paths(stage)), next(iter(given), None))
+    if isinstance(cause, InterpolationKeyError | InterpolationResolutionError):
+        return ConfigError(message, where=path, fix="${...} names another key of this config, or oc.env:VARIABLE.")
+    hint = dict(_paths(_OPTIONS[STAGE, stage].config, "")).get(path.partition("[")[0] if path else "")
+    if path and (hint is None or re.search(r"not in|No match|NoneType", f"{error} {cause}")):
+        return _unknown(path, stage)
+    found = re.search(r"[Vv]alue '([^']*)'", message)
+    value = given.get(str(path), found[1] if found else None)
+    what = f"must be {_expected(hint)}" + (f", is {value or 'empty'}" if value is not None else "")
+    return ConfigError(what, where=path, fix=f"llmscale {stage} --help shows every key with its default.")
+
+
+def _unknown_choice(error: Any, stage: str) -> ConfigError:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    known = [str(o) for o in error.options or [] if not str(o).endswith("_schema")]
+    hint = _did_you_mean(name, known)
+    return ConfigError(f"there is no {name!r}", where=group or stage, fix=f"{hint}There is: {', '.join(known)}.")

@@ -33,11 +33,12 @@ def device() -> torch.device:
 
 
 def world_from_environment() -> World:
-    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun or our own pools set them; srun's names where they are absent."""
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun or our own pools set them; where they are absent, srun's. A batch script's
+    own shell is no task of a step and has no SLURM_STEP_NUM_TASKS: there this is one process."""
     env = os.environ
-    rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
-    size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", "1")))
-    return World(rank, size, int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))))
+    if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+    return World(int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0")))
 
 
 def join(timeout_s: float) -> World:

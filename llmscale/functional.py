@@ -38,7 +38,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     """Population variance (ddof 0) of `values` where `mask` is set."""
-    return masked_sum((values - masked_mean(values, mask)).square(), mask) / mask.bool().sum().clamp(min=1)
+    # Selected before the square, whose derivative would carry a masked NaN into the gradient.
+    deviations = torch.where(mask.bool(), values - masked_mean(values, mask), values.new_zeros(()))
+    return masked_mean(deviations.square(), mask)
 
 
 def last_token(values: Tensor, lengths: Tensor) -> Tensor:

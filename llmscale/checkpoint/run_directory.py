@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,7 @@ def _claim(directory: Path, config: Any) -> None:
     """Write run.json and config.yaml on first use, else compare. config.yaml comes last: with it, both are there."""
     frozen = directory / "config.yaml"
     if not frozen.exists():
-        atomic_write_text(directory / "run.json", json.dumps(_origin(), indent=1) + "\n")
+        atomic_write_text(directory / "run.json", json.dumps(_origin(directory), indent=1) + "\n")
         atomic_write_text(frozen, to_yaml(config))
         return
     schema = _schema_version(directory / "run.json")
@@ -147,13 +148,20 @@ def _claim(directory: Path, config: Any) -> None:
 _ANOTHER_NAME = "Give this run another run.name=..., or remove the directory."
 
 
-def _origin() -> dict[str, Any]:
+def _origin(directory: Path) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
+        "id": f"{'-'.join(directory.parts[-2:])}-{secrets.token_hex(3)}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "llmscale": __version__,
         "command": without_secrets(sys.argv),
     }
+
+
+def run_id(directory: Path) -> str:
+    """One name for the run everywhere, kept over all its attempts: readable, and unlike that of any other run of the
+    same name elsewhere (they may share a W&B project)."""
+    return str(json.loads((directory / "run.json").read_text(encoding="utf-8"))["id"])
 
 
 def _schema_version(file: Path) -> Any:

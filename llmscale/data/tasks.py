@@ -1,8 +1,8 @@
 """Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
 
 `task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with people,
-the demonstrations are imperfect: their writers mostly put a repeated letter down only once, and sometimes swap two
-neighbours. Those who rank completions compare them with the right answer, so the rankings know better; that difference
+the demonstrations are imperfect: their writers mostly put a repeated letter down only once, and sometimes lose a letter.
+Those who rank completions compare them with the right answer, so the rankings know better; that difference
 is what RLHF is for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
@@ -19,8 +20,8 @@ from llmscale.errors import DataError
 TASK = "task:"
 LETTERS = "abcdefghij"
 WORD_LENGTH = (4, 6)
-WRITES_REPEATS_ONCE = 0.6  # of the demonstrations whose word repeats a letter
-SWAPS_NEIGHBOURS = 0.2  # of all demonstrations
+WRITTEN_ONCE = 0.6  # of the letters that a word repeats
+LOSES_A_LETTER = 0.2  # of all demonstrations
 
 Record = dict[str, Any]
 
@@ -53,10 +54,11 @@ def answer_of(word: str) -> str:
 
 def demonstration(rng: random.Random, word: str) -> str:
     """What a person would have written."""
-    answer = answer_of(word)
-    if len(set(word)) < len(word) and rng.random() < WRITES_REPEATS_ONCE:
-        answer = answer_of("".join(set(word)))
-    return _swapped(rng, answer) if rng.random() < SWAPS_NEIGHBOURS else answer
+    text = ""
+    for letter, group in groupby(answer_of(word)):
+        letters = "".join(group)
+        text += letter if len(letters) > 1 and rng.random() < WRITTEN_ONCE else letters
+    return _shortened(rng, text) if rng.random() < LOSES_A_LETTER else text
 
 
 def _word(rng: random.Random, held_out: bool) -> str:
@@ -93,6 +95,13 @@ def _prompt(rng: random.Random, word: str) -> Record:
     return {"prompt": prompt_of(word), "answer": answer_of(word)}
 
 
+def _shortened(rng: random.Random, text: str) -> str:
+    if len(text) < 2:
+        return text
+    i = rng.randrange(len(text))
+    return text[:i] + text[i + 1 :]
+
+
 def _swapped(rng: random.Random, text: str) -> str:
     if len(text) < 2:
         return text
@@ -107,8 +116,8 @@ def _spoiled(rng: random.Random, text: str, num_edits: int) -> str:
         kind = rng.randrange(4)
         if kind == 0:
             text = _swapped(rng, text)
-        elif kind == 1 and len(text) > 1:
-            text = text[:i] + text[i + 1 :]
+        elif kind == 1:
+            text = _shortened(rng, text)
         elif kind == 2:
             text = text[:i] + text[i] + text[i:]
         else:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from llmscale import distributed
 
+# DeepSpeed compiles with ninja, which lies beside the interpreter: an environment need not be activated to be used.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences a warning
 

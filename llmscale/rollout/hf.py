@@ -39,6 +39,8 @@ class HFRollout:
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,  # said here, because a saved config may say otherwise and cost 25 times the time
         )
+        # What is not said here would come from the model's own: a repetition penalty, beams, truncation.
+        self.model.hf.generation_config = self._generation
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:

@@ -49,11 +49,6 @@ class StageConfig:
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name / self.stage
 
-    @property
-    def run_id(self) -> str:
-        """One name for the run wherever names may not have slashes."""
-        return f"{self.run.name}-{self.stage}".replace("/", "-")
-
     def problems(self) -> Iterator[Problem]:
         if self.data.max_seq_len > self.model.max_position and self.model.path is None:
             what = f"{self.data.max_seq_len} tokens do not fit a model of {self.model.max_position} positions"

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmscale.batch import Trajectory
 from llmscale.checkpoint.commit import CheckpointStore
-from llmscale.checkpoint.run_directory import RunDirectory, open_run
+from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import VersionCounter
@@ -160,7 +160,7 @@ class Rlhf:
         tracker = self.tracker = open_trackers(
             config.tracking,
             run_dir=self.run.path,
-            run_id=config.run_id,
+            run_id=run_id(self.run.path),
             title="rlhf",
             total_steps=training.num_steps,
             resume_step=self.step if checkpoint else -1,
@@ -176,7 +176,8 @@ class Rlhf:
                     tracker.event("resumed", step=self.step, checkpoint=str(checkpoint.path))
                 else:
                     self.first_eval = self.evaluate()
-                    tracker.log(0, self.first_eval)
+                    if self.first_eval:
+                        tracker.log(0, self.first_eval)
                 self.loop(store)
                 self.pools["policy"].call(PolicyRole.export, str(self.run.hf)).wait()
             status = "done"
@@ -204,7 +205,7 @@ class Rlhf:
                 self.save(store)
         self.result = {
             "stage": "rlhf",
-            "run_dir": str(self.run.path),
+            "run_dir": str(self.config.run_dir),
             "steps": self.step,
             "seconds": time.perf_counter() - started,
             "example": (self.held_out or self.prompts)[0].text,

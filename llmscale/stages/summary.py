@@ -20,27 +20,30 @@ REACHED = {
 def print_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     """`results`: what each stage's run returned, by stage."""
     table = Table(title=None)
-    for name in ("stage", "steps", "time", "reached", "run"):
-        table.add_column(name, justify="right" if name in ("steps", "time") else "left", overflow="fold")
+    for name in ("stage", "steps", "time", "reached"):
+        table.add_column(name, justify="right" if name in ("steps", "time") else "left")
     for stage, result in results.items():
         took = f"{result['seconds']:.0f} s"
-        table.add_row(stage, str(result["steps"]), took, "\n".join(reached(stage, results)), result["run_dir"])
+        table.add_row(stage, str(result["steps"]), took, "\n".join(reached(stage, results)))
     console = Console()
     console.print(table)
+    for stage, result in results.items():
+        console.print(f"  {stage}: {result['run_dir']}", soft_wrap=True, highlight=False)
     for command in next_commands(results):
         console.print(f"  {command}", soft_wrap=True, highlight=False, markup=False)
 
 
 def next_commands(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What to try with the last model of a pipeline."""
-    if "rlhf" not in results:
+    if not {"sft", "reward", "rlhf"} <= results.keys():
         return []
-    run_dir, example = results["rlhf"]["run_dir"], results["rlhf"]["example"]
+    run_dir, example = results["rlhf"]["run_dir"], results["rlhf"]["example"].splitlines()[0]
+    sft, reward = results["sft"]["run_dir"], results["reward"]["run_dir"]
     return [
         "Try next:",
         f'llmscale generate model.path={run_dir} prompt="{example}"',
         f"llmscale chat model.path={run_dir}",
-        "llmscale rlhf experiment=demo run.name=gentle model.path=runs/demo/sft reward.path=runs/demo/reward algorithm.kl_coef=0.2",
+        f"llmscale rlhf experiment=demo run.name=strict algorithm.kl_coef=0.2 model.path={sft} reward.path={reward}",
     ]
 
 

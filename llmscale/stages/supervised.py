@@ -19,7 +19,7 @@ from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.durable import commit_directory
-from llmscale.checkpoint.run_directory import RunDirectory, open_run
+from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import build, load, to_dict
 from llmscale.data.loader import SampleOrder, micro_batches, shard
@@ -34,7 +34,11 @@ from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
 from llmscale.training.loop import Hook, Metrics, train
 
-LOADERS: dict[str, Callable[..., Split[Any]]] = {"pretrain": load_text, "sft": load_conversations, "reward": load_rankings}
+LOADERS: dict[str, Callable[..., Split[Any]]] = {
+    "pretrain": load_text,
+    "sft": load_conversations,
+    "reward": load_rankings,
+}
 
 
 class SupervisedRun:
@@ -71,7 +75,7 @@ class SupervisedRun:
         try:
             for broken in skipped:
                 self.tracker.event("checkpoint_skipped", **broken)
-            self.tracker.event("data", **self.split.report)
+            self.tracker.event("data", **{name: count for name, count in self.split.report.items() if count})
             self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
             train(self.engine, self.objective, self.batches, self.num_steps, hooks)
             self.export()
@@ -85,7 +89,7 @@ class SupervisedRun:
         steps = self.engine.num_steps
         return {
             "stage": self.config.stage,
-            "run_dir": str(self.run_dir),
+            "run_dir": str(self.config.run_dir),
             "steps": steps,
             "seconds": seconds,
             "metrics": metrics,
@@ -154,7 +158,7 @@ class SupervisedRun:
         return open_trackers(
             self.config.tracking,
             run_dir=self.run_dir,
-            run_id=self.config.run_id,
+            run_id=run_id(self.run_dir),
             title=self.config.stage,
             total_steps=self.num_steps,
             resume_step=self.engine.num_steps or -1,

@@ -80,7 +80,5 @@ def open_trackers(
         return local
     from llmscale.tracking.wandb import WandbTracker
 
-    remote = WandbTracker(
-        config, run_dir=run_dir, run_id=run_id, title=title, run_config=run_config, report=local.event
-    )
+    remote = WandbTracker(config, run_dir=run_dir, run_id=run_id, run_config=run_config, report=local.event)
     return CompositeTracker([jsonl, console, remote])

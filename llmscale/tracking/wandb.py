@@ -37,7 +37,6 @@ class WandbTracker:
         *,
         run_dir: Path,
         run_id: str,
-        title: str,
         run_config: Mapping[str, Any],
         report: Callable[..., None],
     ):
@@ -45,7 +44,7 @@ class WandbTracker:
         self._run: wandb.Run | None = None
         for mode in _modes(config.wandb):
             with self._guarded(f"start {mode}"):
-                self._run = _start(mode, config, run_dir, run_id, title, run_config)
+                self._run = _start(mode, config, run_dir, run_id, run_config)
             if self._run is not None:
                 report("wandb_started", mode=mode, id=self._run.id, at=self._run.url or str(run_dir / "wandb"))
                 break
@@ -99,9 +98,7 @@ def _modes(mode: WandbMode) -> list[str]:
     return ["online", "offline"] if online else ["offline"]
 
 
-def _start(
-    mode: str, config: TrackingConfig, run_dir: Path, run_id: str, title: str, run_config: Mapping[str, Any]
-) -> wandb.Run:
+def _start(mode: str, config: TrackingConfig, run_dir: Path, run_id: str, run_config: Mapping[str, Any]) -> wandb.Run:
     # Sample tables wait in the data directory for their upload. By default both directories are in the home directory:
     # not always writable, and not with the run when it is synced from elsewhere.
     os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(run_dir.resolve() / "wandb" / "data")
@@ -115,7 +112,7 @@ def _start(
         entity=config.wandb_entity,
         id=wandb_id(run_id),
         resume="allow",
-        name=title,
+        name=run_id,
         dir=run_dir,
         config=dict(run_config),
         settings=wandb.Settings(

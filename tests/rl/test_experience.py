@@ -1,0 +1,146 @@
+"""What goes from scored trajectories into an update: rewards per token, order of minibatches, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from llmscale.batch import Trajectory
+from llmscale.errors import NumericsError
+from llmscale.rl.config import PPOConfig
+from llmscale.rl.experience import (
+    build_experience,
+    check_on_policy,
+    check_rewards,
+    explained_variance,
+    minibatches,
+)
+from llmscale.rl.ppo import PPO
+from tests.tiny import trajectory
+
+# Lambda and gamma 1, no whitening: a token's return is the sum of the rewards that follow it.
+PLAIN = PPO(PPOConfig(lam=1.0, gamma=1.0, whiten_advantages=False))
+KL_COEF = 0.1
+
+
+@pytest.fixture
+def trajectories() -> list[Trajectory]:
+    return [
+        trajectory([3, 4, 5, 6, 7], [0, 0, 1, 1, 1], draw_id=10),
+        trajectory([3, 4, 5, 6, 7, 8, 9], [0, 1, 1, 0, 0, 1, 0], draw_id=11, finished=False),  # two turns
+        trajectory([3, 4, 5], [0, 0, 1], draw_id=12),
+    ]
+
+
+def arrays(trajectories: list[Trajectory], seed: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=len(t.token_ids)).astype(np.float32) for t in trajectories]
+
+
+def test_reward_at_the_last_own_token_and_kl_on_every_one(trajectories):
+    old, ref, values = (arrays(trajectories, seed) for seed in (1, 2, 3))
+    scores = [1.0, -2.0, 0.5]
+    experience, metrics = build_experience(PLAIN, trajectories, scores, old, ref, values, KL_COEF)
+    kls = []
+    for i, (t, e) in enumerate(zip(trajectories, experience, strict=True)):
+        own = np.flatnonzero(t.loss_mask)
+        rewards = np.zeros(len(t.token_ids))
+        rewards[own] = -KL_COEF * (old[i] - ref[i])[own]
+        rewards[own[-1]] += scores[i]
+        kls.append((old[i] - ref[i])[own].sum())
+        expected = np.where(t.loss_mask, rewards[::-1].cumsum()[::-1], 0)
+        np.testing.assert_allclose(e.returns, expected, atol=1e-6)
+        np.testing.assert_allclose(e.advantages, np.where(t.loss_mask, expected - values[i], 0), atol=1e-6)
+        np.testing.assert_array_equal(e.old_logprobs, np.where(t.loss_mask, old[i], 0))
+        np.testing.assert_array_equal(e.old_values, np.where(t.loss_mask, values[i], 0))
+        np.testing.assert_array_equal(e.token_ids, t.token_ids)
+    assert metrics["kl/ref"] == pytest.approx(np.mean(kls), abs=1e-6)
+    assert metrics["reward/mean"] == pytest.approx(np.mean(scores)) and metrics["reward/std"] == pytest.approx(
+        np.std(scores)
+    )
+    assert metrics["rollout/completion_len"] == pytest.approx(7 / 3)
+    assert metrics["rollout/cut_off"] == pytest.approx(1 / 3)
+
+
+def test_what_stands_on_other_tokens_changes_nothing(trajectories):
+    clean = [arrays(trajectories, seed) for seed in (1, 2, 3)]
+    masks = [t.loss_mask for t in trajectories]
+    dirty = [[np.where(m, row, np.nan) for m, row in zip(masks, part, strict=True)] for part in clean]
+    algorithm = PPO(PPOConfig())
+    first, metrics = build_experience(algorithm, trajectories, [1, 2, 3], *clean, KL_COEF)
+    second, same = build_experience(algorithm, trajectories, [1, 2, 3], *dirty, KL_COEF)
+    assert metrics == same
+    for a, b in zip(first, second, strict=True):
+        for name in ("old_logprobs", "old_values", "advantages", "returns"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_advantages_are_whitened_over_the_whole_step(trajectories):
+    inputs = [arrays(trajectories, seed) for seed in (1, 2, 3)]
+    experience, _ = build_experience(PPO(PPOConfig()), trajectories, [1, 2, 3], *inputs, KL_COEF)
+    own = np.concatenate([e.advantages[e.loss_mask] for e in experience])
+    assert own.mean() == pytest.approx(0, abs=1e-6) and own.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_order_of_trajectories_does_not_matter(trajectories):
+    inputs = [arrays(trajectories, seed) for seed in (1, 2, 3)]
+    one, _ = build_experience(PLAIN, trajectories, [1, 2, 3], *inputs, KL_COEF)
+    other, _ = build_experience(PLAIN, trajectories[::-1], [3, 2, 1], *(part[::-1] for part in inputs), KL_COEF)
+    for a, b in zip(one, other[::-1], strict=True):
+        np.testing.assert_allclose(a.advantages, b.advantages, atol=1e-6)
+
+
+def test_explained_variance():
+    torch.manual_seed(0)
+    returns, mask = torch.randn(4, 5), torch.rand(4, 5) < 0.7
+    assert explained_variance(returns + 3, returns, mask) == pytest.approx(1, abs=1e-6)
+    assert explained_variance(torch.full((4, 5), 7.0), returns, mask) == pytest.approx(0, abs=1e-5)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_not_finite_names_its_draw(trajectories, reward: float):
+    check_rewards(trajectories, [0.0, 1.0, -1e30])
+    trajectories[1] = replace(trajectories[1], sample_index=3, completion="the bad one")
+    with pytest.raises(NumericsError, match="'the bad one'") as caught:
+        check_rewards(trajectories, [0.0, reward, 0.0])
+    assert caught.value.where == "draw 11, sample 3"
+
+
+@pytest.mark.parametrize("broken", [0.01, float("nan")])
+def test_samples_that_the_trainer_would_not_have_drawn_are_refused(trajectories, broken: float):
+    """Trainer and rollout disagree on one token of one trajectory, or the trainer has no number for it."""
+    old = [t.rollout_logprobs.copy() for t in trajectories]
+    zeros = [np.zeros(len(t.token_ids), dtype=np.float32) for t in trajectories]
+    _, metrics = build_experience(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
+    check_on_policy(metrics, 1e-4)
+    old[1][5] += broken
+    _, metrics = build_experience(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
+    with pytest.raises(NumericsError):
+        check_on_policy(metrics, 1e-4)
+
+
+def test_minibatches_are_a_permutation_cut_in_parts():
+    parts = minibatches(10, 4, seed=1, step=2, epoch=0)
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert sorted(index for part in parts for index in part) == list(range(10))
+
+
+def test_minibatches_are_a_function_of_seed_step_and_epoch():
+    def order(seed: int, step: int, epoch: int) -> tuple[int, ...]:
+        return tuple(minibatches(64, 64, seed, step, epoch)[0])
+
+    assert order(1, 2, 3) == order(1, 2, 3)
+    keys = [(seed, step, epoch) for seed in range(3) for step in range(3) for epoch in range(3)]
+    assert len({order(*key) for key in keys}) == len(keys)
+
+
+def test_minibatches_of_successive_epochs_are_not_one_order_shifted():
+    """The ranks of each element in two epochs are uncorrelated, at any shift."""
+    ranks = [np.argsort(minibatches(512, 512, seed=1, step=0, epoch=e)[0]) for e in range(2)]
+    for shift in range(-8, 9):
+        first, second = (ranks[0][8 + shift : 504 + shift], ranks[1][8:504])
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.25  # five and a half deviations of 496 pairs

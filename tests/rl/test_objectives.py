@@ -1,0 +1,159 @@
+"""Policy and critic objectives on a real model: the right gradient at ratio 1, whatever the split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmscale.batch import Batch
+from llmscale.engine.accounting import StepTotals
+from llmscale.functional import token_entropy, token_logprobs
+from llmscale.rl.config import PPOConfig
+from llmscale.rl.experience import Experience
+from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
+from llmscale.rl.ppo import PPO
+from tests.tiny import VOCAB_SIZE, language_model, scalar_model
+
+TEMPERATURE = 0.7
+Objective = PolicyObjective | ValueObjective
+
+
+def experiences(lengths: Sequence[int], seed: int = 0) -> list[Experience]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in lengths:
+        mask = np.arange(n) >= n // 3
+        numbers = [np.where(mask, rng.normal(size=n), 0).astype(np.float32) for _ in range(4)]
+        numbers[0] = np.where(mask, numbers[0] * 0.3 - 4, 0).astype(np.float32)  # likely log-probabilities
+        made.append(Experience(rng.integers(0, VOCAB_SIZE, n), mask, *numbers))
+    return made
+
+
+def policy_objective(entropy_coef: float = 0.0, **config: float) -> PolicyObjective:
+    return PolicyObjective(PPO(PPOConfig(**config)), TEMPERATURE, entropy_coef)
+
+
+def forward_of(model: nn.Module):
+    return lambda batch: model(batch["input_ids"], batch["position_ids"])
+
+
+def step(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> tuple[dict[str, float], Tensor]:
+    """Metrics and the whole gradient as one vector."""
+    model.zero_grad()
+    totals = StepTotals(batches)
+    for batch in batches:
+        totals.add(objective.loss(forward_of(model), batch)).backward()
+    return totals.metrics(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def with_own_logprobs(model: nn.Module, examples: Sequence[Experience]) -> Batch:
+    """The batch whose old log-probabilities are the model's own."""
+    batch = policy_objective().prepare(examples)
+    with torch.no_grad():
+        batch.tensors["old_logprobs"] = token_logprobs(forward_of(model)(batch), batch["input_ids"], TEMPERATURE)
+    return batch
+
+
+def test_at_the_old_policy_the_gradient_is_the_plain_policy_gradient():
+    model, examples = language_model(), experiences([9, 6, 12])
+    batch = with_own_logprobs(model, examples)
+    metrics, gradient = step(model, policy_objective(), [batch])
+    assert metrics["approx_kl"] == 0 and metrics["clipfrac"] == 0
+
+    model.zero_grad()  # -1/N sum_t A_t grad log p(x_t)
+    logprobs = token_logprobs(forward_of(model)(batch), batch["input_ids"], TEMPERATURE)
+    mask = batch["loss_mask"]
+    (-(batch["advantages"] * logprobs)[mask].sum() / mask.sum()).backward()
+    plain = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (gradient - plain).norm() < 1e-5 * plain.norm()
+    assert metrics["loss"] == pytest.approx(-batch["advantages"][mask].mean().item(), rel=1e-5)
+
+
+def test_metrics_of_a_policy_that_moved():
+    model, examples = language_model(), experiences([9, 6, 12])
+    objective = policy_objective()
+    batch = objective.prepare(examples)
+    metrics, _ = step(model, objective, [batch])
+    logits, mask = forward_of(model)(batch), batch["loss_mask"]
+    difference = (token_logprobs(logits, batch["input_ids"], TEMPERATURE) - batch["old_logprobs"])[mask]
+    ratio, advantages = difference.exp(), batch["advantages"][mask]
+    clipped = ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    assert 0 < metrics["clipfrac"] == pytest.approx(clipped.float().mean().item())
+    assert metrics["approx_kl"] == pytest.approx((ratio - 1 - difference).mean().item(), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(token_entropy(logits, TEMPERATURE)[mask].mean().item(), rel=1e-5)
+    assert metrics["num_tokens"] == 27
+
+
+def test_the_entropy_bonus_is_part_of_loss_and_gradient():
+    model, examples = language_model(), experiences([9, 6])
+    plain, without = step(model, policy_objective(), [policy_objective().prepare(examples)])
+    bonus, gradient = step(model, policy_objective(0.5), [policy_objective().prepare(examples)])
+    assert bonus["loss"] == pytest.approx(plain["loss"] - 0.5 * plain["entropy"], rel=1e-5)
+    batch = policy_objective().prepare(examples)
+    model.zero_grad()
+    mask = batch["loss_mask"]
+    (-0.5 * token_entropy(forward_of(model)(batch), TEMPERATURE)[mask].mean()).backward()
+    own = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (gradient - without - own).norm() < 1e-5 * gradient.norm()
+
+
+def test_values_stand_before_their_token():
+    assert state_values(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0]]
+
+
+def test_the_critics_loss_equals_a_loop():
+    model, examples = scalar_model(), experiences([9, 6, 12])
+    objective = ValueObjective(PPO(PPOConfig(value_clip=0.3)))
+    metrics, _ = step(model, objective, [objective.prepare(examples)])
+    losses = []
+    for e in examples:
+        ids = torch.from_numpy(e.token_ids)[None]
+        said = model(ids, torch.arange(len(e.token_ids))[None])[0].tolist()
+        for t in np.flatnonzero(e.loss_mask):
+            v, old, target = said[t - 1], float(e.old_values[t]), float(e.returns[t])
+            clipped = old + min(max(v - old, -0.3), 0.3)
+            losses.append(max((v - target) ** 2, (clipped - target) ** 2) / 2)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+KINDS = {
+    "policy": (language_model, lambda: policy_objective(0.01)),
+    "value": (scalar_model, lambda: ValueObjective(PPO(PPOConfig()))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [2, 5], [7, 0]])
+def test_the_split_into_micro_batches_changes_nothing(kind: str, sizes: list[int]):
+    model, objective = (make() for make in KINDS[kind])
+    examples = experiences([9, 4, 12, 7, 3, 15, 8])
+    whole, gradient = step(model, objective, [objective.prepare(examples)])
+    starts = np.cumsum([0, *sizes])
+    parts = [examples[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    split, same = step(model, objective, [objective.prepare(part) for part in parts])
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+    for name, value in whole.items():
+        assert split[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_padding_changes_nothing(kind: str):
+    model, objective = (make() for make in KINDS[kind])
+    batch = objective.prepare(experiences([9, 4]))
+    wide = {n: nn.functional.pad(v, (0, 6)) if v.ndim == 2 else v for n, v in batch.tensors.items()}
+    wide["position_ids"] = torch.arange(15).repeat(2, 1)
+    metrics, gradient = step(model, objective, [batch])
+    padded, same = step(model, objective, [Batch(wide, batch.counts)])
+    assert padded == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_examples_give_no_loss_and_a_backward_that_works(kind: str):
+    model, objective = (make() for make in KINDS[kind])
+    metrics, gradient = step(model, objective, [objective.prepare([])])
+    assert metrics["loss"] == 0 and not gradient.any()

@@ -1,0 +1,222 @@
+"""What every rollout engine does. An engine joins by a function in ENGINES that builds it round a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmscale.batch import Trajectory, token_tensors
+from llmscale.errors import DataError, WeightMismatchError
+from llmscale.functional import token_logprobs
+from llmscale.models.loading import LanguageModel
+from llmscale.protocols import RolloutEngine, SamplingRequest
+from llmscale.rollout.config import HFRolloutConfig
+from llmscale.rollout.hf import HFRollout
+from tests.tiny import language_model, prompt, published, tokenizer
+
+NEVER = 250  # a token id that the tiny models do not have
+STOP = 5
+PROMPTS = [[7], [7, 8, 9], [20, 21, 22, 23, 24, 25, 26], [3, 1, 4, 1, 5], [60, 61]]
+
+
+def hf(model: LanguageModel, *, seed: int = 0, stop_ids: Sequence[int] = (NEVER,), **settings: Any) -> RolloutEngine:
+    return HFRollout(HFRolloutConfig(**settings), copy.deepcopy(model), tokenizer(), seed, stop_ids)
+
+
+ENGINES: dict[str, Callable[..., RolloutEngine]] = {"hf": hf}
+
+
+@pytest.fixture(params=ENGINES)
+def make(request: pytest.FixtureRequest) -> Callable[..., RolloutEngine]:
+    return ENGINES[request.param]
+
+
+def requests(prompts: Sequence[Sequence[int]] = PROMPTS, group_size: int = 2) -> list[SamplingRequest]:
+    return [SamplingRequest(prompt(p), d, s) for d, p in enumerate(prompts) for s in range(group_size)]
+
+
+def tokens(trajectories: Sequence[Trajectory]) -> dict[tuple[int, int], list[int]]:
+    return {(t.draw_id, t.sample_index): t.token_ids.tolist() for t in trajectories}
+
+
+def next_token_probabilities(model: LanguageModel, token_ids: Sequence[int], temperature: float) -> np.ndarray:
+    ids = torch.tensor([token_ids])
+    with torch.no_grad():
+        logits = model(ids, torch.arange(len(token_ids))[None])[0, -1].double()
+    return torch.softmax(logits / temperature, -1).numpy()
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Pearson's statistic over its degrees of freedom, cells of fewer than five expected draws taken together."""
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    if rare.any():
+        counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    return float(((counts - expected) ** 2 / expected).sum() / (len(counts) - 1))
+
+
+def test_trajectories_are_well_formed(make):
+    made = make(language_model(), max_new_tokens=6, stop_ids=[STOP]).generate(requests())
+    assert [(t.draw_id, t.sample_index) for t in made] == [(r.draw_id, r.sample_index) for r in requests()]
+    for t, r in zip(made, requests(), strict=True):
+        start = len(r.prompt.token_ids)
+        assert t.prompt is r.prompt and t.token_ids[:start].tolist() == r.prompt.token_ids.tolist()
+        assert not t.loss_mask[:start].any() and t.loss_mask[start:].all() and 1 <= t.completion_len <= 6
+        assert not t.rollout_logprobs[:start].any() and (t.rollout_logprobs[start:] < 0).all()
+        assert t.rollout_logprobs.dtype == np.float32 and t.token_ids.dtype == np.int64
+        assert t.completion == tokenizer().decode(t.token_ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_equal_the_trainers(make, temperature: float):
+    """The trainer sees rows padded on the right; what the engine does inside is its own affair."""
+    model = language_model()
+    made = make(model, max_new_tokens=20, temperature=temperature).generate(requests())
+    batch = token_tensors([t.token_ids for t in made])
+    with torch.no_grad():
+        trainer = token_logprobs(model(batch["input_ids"], batch["position_ids"]), batch["input_ids"], temperature)
+    for row, t in zip(trainer.numpy(), made, strict=True):
+        own = row[: len(t.token_ids)][t.loss_mask]
+        assert np.abs(own - t.rollout_logprobs[t.loss_mask]).max() < 1e-4
+
+
+def test_the_same_requests_give_the_same_bits(make):
+    engine = make(language_model(), max_new_tokens=8)
+    first, second = engine.generate(requests()), engine.generate(requests())
+    assert tokens(first) == tokens(second)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.rollout_logprobs, b.rollout_logprobs)
+
+
+def test_what_is_sampled_does_not_depend_on_what_else_is_in_the_batch(make):
+    """Tokens, that is: log-probabilities may differ by rounding. Two tokens that tie to the last bits could then change
+    places; none of these do."""
+    engine = make(language_model(), max_new_tokens=12, stop_ids=[STOP])
+    together = tokens(engine.generate(requests()))
+    assert tokens(engine.generate(requests()[::-1])) == together
+    alone = [engine.generate([r])[0] for r in requests()]
+    assert tokens(alone) == together
+    units = [t for start in range(0, 10, 3) for t in engine.generate(requests()[start : start + 3])]
+    assert tokens(units) == together
+
+
+def test_another_seed_draw_or_sample_gives_another_completion(make):
+    model = language_model()
+    request = requests()[2]
+    others = [request, replace(request, draw_id=77), replace(request, sample_index=9), replace(request, draw_id=-1)]
+    made = make(model, max_new_tokens=12).generate(others) + make(model, max_new_tokens=12, seed=1).generate([request])
+    assert len({tuple(t.token_ids) for t in made}) == len(made)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_come_as_often_as_the_model_says(make, temperature: float):
+    model = language_model(vocab_size=16)
+    engine = make(model, max_new_tokens=1, temperature=temperature)
+    made = engine.generate([SamplingRequest(prompt([3, 9, 2]), draw, 0) for draw in range(3000)])
+    counts = np.bincount([t.token_ids[-1] for t in made], minlength=16).astype(float)
+    expected = next_token_probabilities(model, [3, 9, 2], temperature)
+    assert chi_square(counts, expected) < 2.95  # 15 degrees of freedom, 0.01%
+    uniform = np.full(16, 1 / 16)
+    assert chi_square(counts, uniform) > 2.95  # else this could not fail
+
+
+def test_successive_tokens_are_drawn_independently(make):
+    """The frequencies of pairs, given the model's own conditional probabilities."""
+    model = language_model(vocab_size=8)
+    engine = make(model, max_new_tokens=2)
+    made = engine.generate([SamplingRequest(prompt([3, 1]), draw, 0) for draw in range(4000)])
+    counts = np.zeros((8, 8))
+    for t in made:
+        counts[t.token_ids[-2], t.token_ids[-1]] += 1
+    first = next_token_probabilities(model, [3, 1], 1.0)
+    second = np.stack([next_token_probabilities(model, [3, 1, token], 1.0) for token in range(8)])
+    assert chi_square(counts.ravel(), (first[:, None] * second).ravel()) < 1.78  # 63 degrees of freedom, 0.01%
+
+
+def test_temperature_zero_takes_the_likeliest(make):
+    model = language_model()
+    for t in make(model, max_new_tokens=8, temperature=0.0).generate(requests()):
+        for position in np.flatnonzero(t.loss_mask):
+            likely = next_token_probabilities(model, t.token_ids[:position].tolist(), 1.0)
+            assert t.token_ids[position] == likely.argmax()
+            assert t.rollout_logprobs[position] == pytest.approx(np.log(likely.max()), abs=1e-5)
+
+
+def test_stops_at_a_stop_token_and_at_the_limit(make):
+    made = make(language_model(), max_new_tokens=25, stop_ids=[STOP, 6]).generate(requests(group_size=8))
+    assert {t.finished for t in made} == {True, False}
+    for t in made:
+        own = t.token_ids[t.loss_mask]
+        stops = np.isin(own, [STOP, 6])
+        assert not stops[:-1].any() and stops[-1] == t.finished  # the stop token is the policy's own, and its last
+        assert t.finished or len(own) == 25
+
+
+def test_a_stop_token_in_the_prompt_stops_nothing(make):
+    made = make(language_model(), max_new_tokens=3, stop_ids=[STOP]).generate([SamplingRequest(prompt([STOP, 8]), 0, 0)])
+    assert made[0].token_ids[:2].tolist() == [STOP, 8] and made[0].completion_len >= 1
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(make):
+    engine = make(language_model(max_position=16), max_new_tokens=10)
+    assert len(engine.generate([SamplingRequest(prompt([1] * 6), 0, 0)])[0].token_ids) == 16
+    with pytest.raises(DataError, match="exceed the model's context of 16"):
+        engine.generate([SamplingRequest(prompt([1] * 7), 0, 0)])
+
+
+def test_the_models_saved_generation_settings_are_not_used(make):
+    """A published model may ask for a repetition penalty or truncation; then what is sampled is not the distribution that is
+    trained."""
+    model = language_model()
+    plain = make(model, max_new_tokens=12).generate(requests())
+    settings = model.hf.generation_config
+    settings.do_sample, settings.top_k, settings.top_p, settings.temperature = True, 3, 0.5, 0.1
+    settings.repetition_penalty, settings.no_repeat_ngram_size, settings.min_new_tokens = 5.0, 1, 4
+    settings.suppress_tokens, settings.num_beams, settings.max_new_tokens = [11, 12, 13], 2, 3
+    settings.use_cache, settings.forced_eos_token_id = False, 9
+    assert tokens(make(model, max_new_tokens=12).generate(requests())) == tokens(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype):
+    """Tied weights, and a first call before the update: a cached copy of the old ones would show."""
+    old, new = language_model(seed=0).to(dtype), language_model(seed=1).to(dtype)
+    engine, fresh = make(old, max_new_tokens=12), make(new, max_new_tokens=12)
+    before = engine.generate(requests())
+    engine.load_weights(3, published(new, dtype))
+    after, expected = engine.generate(requests()), fresh.generate(requests())
+    assert tokens(before) != tokens(after) == tokens(expected)
+    for a, b in zip(after, expected, strict=True):
+        np.testing.assert_array_equal(a.rollout_logprobs, b.rollout_logprobs)
+
+
+def test_every_token_carries_the_version_that_produced_it(make):
+    engine = make(language_model(), max_new_tokens=4)
+    for version in (0, 1, 5):
+        if version:
+            engine.load_weights(version, published(language_model(seed=version)))
+        for t in engine.generate(requests()):
+            assert t.weight_versions.tolist() == [version if own else -1 for own in t.loss_mask]
+
+
+@pytest.mark.parametrize("version", [4, 3, 0])
+def test_versions_only_grow(make, version: int):
+    engine = make(language_model(), max_new_tokens=4)
+    engine.load_weights(4, published(language_model(seed=1)))
+    with pytest.raises(WeightMismatchError, match=f"weights {version} offered where 4"):
+        engine.load_weights(version, published(language_model(seed=2)))
+
+
+def test_a_damaged_bucket_is_refused(make):
+    engine = make(language_model(), max_new_tokens=4)
+    buckets = published(language_model(seed=1))
+    buckets[1].arrays["hf.model.norm.weight"].view(np.uint32)[3] ^= 1
+    with pytest.raises(WeightMismatchError, match="not those published") as caught:
+        engine.load_weights(1, buckets)
+    assert "weights 1" in str(caught.value.where)

@@ -1,0 +1,39 @@
+"""Ragged rows become tensors, and what is padding stays out of the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llmscale.batch import Batch, pad_rows, token_tensors
+from tests.tiny import trajectory
+
+
+def test_rows_are_padded_on_the_right():
+    rows = [np.array([1, 2, 3]), np.array([4])]
+    assert pad_rows(rows, value=9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert pad_rows([np.array([0.5, 1.5], dtype=np.float32)]).dtype is torch.float32
+
+
+def test_positions_of_packed_rows_go_on_into_the_padding():
+    rows = [np.arange(5), np.arange(3), np.arange(2)]
+    tensors = token_tensors(rows, [np.array([0, 1, 0, 1, 2]), np.array([0, 0, 1]), None])
+    assert tensors["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert tensors["lengths"].tolist() == [5, 3, 2]
+    assert Batch(tensors).num_tokens == 10
+
+
+def test_no_rows_give_one_without_tokens():
+    batch = Batch(token_tensors([]))
+    assert batch["input_ids"].shape == (1, 1) and batch["input_ids"].dtype is torch.int64
+    assert batch.num_tokens == 0
+
+
+def test_moving_a_batch_keeps_its_counts():
+    batch = Batch(token_tensors([np.arange(3)]), {"tokens": 2.0}).to(torch.device("meta"))
+    assert batch.counts == {"tokens": 2.0}
+    assert {tensor.device.type for tensor in batch.tensors.values()} == {"meta"}
+
+
+def test_completion_len_counts_the_policys_own_tokens():
+    assert trajectory([5, 6, 7, 8, 9], [0, 1, 1, 0, 1]).completion_len == 3
