@@ -1,19 +1,39 @@
-"""The command line: `llmscale STAGE [path=value ...]`. Hydra composes the config; torch is loaded only when a stage runs."""
+"""The command line: `llmscale STAGE [path=value ...]`. Hydra composes the config; torch loads when a stage runs."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import inspect
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any, NoReturn, cast
 
-import llmscale.stages.config  # noqa: F401  registers every option
-from llmscale.config import STAGE, compose, groups, import_plugins, options, to_yaml
-from llmscale.errors import LlmscaleError
+from llmscale.config import (
+    EXPERIMENT,
+    STAGE,
+    choices,
+    comments,
+    compose,
+    compose_unchecked,
+    defaults,
+    groups,
+    import_plugins,
+    leaves,
+    nearest,
+    options,
+    to_dict,
+    to_yaml,
+)
+from llmscale.errors import LlmscaleError, UsageError
+from llmscale.stages.config import RunConfig  # importing it registers every option
 
 SUMMARY = {
     "pretrain": "a new language model from raw text",
@@ -28,12 +48,12 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_intermixed_args(argv)
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     sys.path.insert(0, os.getcwd())  # plugins and reward functions lie beside the user, as with `python -m`
     try:
-        status = _run(arguments)
+        status = _run(_arguments(argv))
     except LlmscaleError as error:
-        _report(error, arguments.debug)
+        _report(error, debug)
         status = error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
@@ -44,30 +64,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     import_plugins(arguments.plugin)
+    stage = arguments.stage
+    if arguments.help:
+        return _show(_stage_help(stage, arguments.config_dir) if stage else _help(arguments.config_dir))
     plugins = [f"plugins=[{','.join(arguments.plugin)}]"] if arguments.plugin else []
     overrides = [*plugins, *arguments.overrides]
-    if arguments.stage == "pipeline":
+    if stage == "pipeline":
         from llmscale.stages.pipeline import compose_stages
 
         configs = compose_stages(overrides, arguments.config_dir)
     else:
-        configs = {arguments.stage: compose(arguments.stage, overrides, arguments.config_dir)}
+        configs = {stage: compose(stage, overrides, arguments.config_dir)}
     if arguments.cfg:
-        for stage, config in configs.items():
-            print(f"# {stage}\n{to_yaml(config)}", end="")
-        return 0
+        return _show("\n".join(f"# {name}\n{to_yaml(config).rstrip()}" for name, config in configs.items()))
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    module, _, function = str(options(STAGE)[arguments.stage].builds).partition(":")
+    module, _, function = str(options(STAGE)[stage].builds).partition(":")
     entry = getattr(importlib.import_module(module), function)
-    if arguments.stage == "pipeline":
-        results = entry(configs)
-    else:
-        result = entry(configs[arguments.stage])
-        results = {arguments.stage: result} if result is not None else {}
-    if results:
+    try:
+        result = entry(configs if stage == "pipeline" else configs[stage])
+    except LlmscaleError as error:
+        named = (
+            f"{path}={error.where}" for c in configs.values() for path, v in leaves(to_dict(c)) if v == error.where
+        )
+        error.where = next(named, error.where) if error.where else None  # the key that named a file or a model
+        raise
+    if results := result if stage == "pipeline" else {stage: result} if result else {}:
         from llmscale.stages.summary import print_summary
 
         print_summary(results)
+    return 0
+
+
+def _show(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, as in `llmscale --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -81,28 +113,48 @@ def _raise_interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llmscale",
-        description="Pretraining, fine-tuning, reward modelling and RLHF from one config.",
-        epilog=_help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("stage", choices=list(SUMMARY), metavar="STAGE", help="what to run; listed below")
-    parser.add_argument("overrides", nargs="*", metavar="path=value", help="config overrides, as in Hydra")
-    parser.add_argument("--config-dir", metavar="DIR", help="a folder with config groups and experiments of yours")
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import a module of yours first"
-    )
-    parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+# ---------------------------------------------------------------- arguments
+
+USAGE = "llmscale STAGE [path=value ...] [--config-dir DIR] [--plugin MODULE] [--cfg job] [--debug]"
 
 
-def _help_text() -> str:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, fix=f"Write {USAGE}; overrides have no dashes, as in optim.lr=1e-3.")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises: UsageError for an option or a stage that there is not."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--config-dir")
+    parser.add_argument("--plugin", action="append", default=[])
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.stage = arguments.overrides.pop(0) if arguments.overrides else None
+    if arguments.stage is None and not arguments.help:
+        raise UsageError("no stage is named", fix="llmscale --help lists what there is.")
+    if arguments.stage not in (None, *SUMMARY):
+        found = nearest(arguments.stage, list(SUMMARY))
+        fix = f"Did you mean {found}? " if found else ""
+        raise UsageError(f"there is no stage {arguments.stage!r}", fix=f"{fix}There is: {', '.join(SUMMARY)}.")
+    return arguments
+
+
+# ---------------------------------------------------------------- help
+
+
+def _help(config_dir: str | None) -> str:
     stages = "\n".join(f"  {name:<10} {text}" for name, text in SUMMARY.items())
-    listed = "\n".join(f"  {group:<10} {', '.join(sorted(options(group)))}" for group in groups())
-    return f"""stages:
+    chosen = sorted({*groups(), "model", "cluster", EXPERIMENT})
+    listed = "\n".join(f"  {group:<10} {', '.join(choices(group, config_dir))}" for group in chosen)
+    return f"""usage: {USAGE}
+
+Pretraining, fine-tuning, reward modelling and RLHF from one config.
+
+stages (llmscale STAGE --help lists its keys):
 {stages}
 
 groups (chosen by name, as in engine=deepspeed):
@@ -117,9 +169,51 @@ common overrides:
   cluster.trainer.num_workers=2   ranks of a supervised stage;  cluster.rollout.num_workers=8  of rollouts
   tracking.wandb=disabled      or offline, online
 
+options:
+  --config-dir DIR             a folder with config groups and experiments of yours
+  --plugin MODULE              import a module of yours first; may be given several times
+  --cfg job                    print the composed config and stop
+  --debug                      show the traceback of an error
+
 example:
   llmscale pretrain data.train=texts.jsonl model=tiny training.num_steps=100
   llmscale pipeline experiment=demo"""
+
+
+def _stage_help(stage: str, config_dir: str | None) -> str:
+    """The stage's groups, and every key with its value before any override."""
+    composed = compose_unchecked(stage, config_dir=config_dir)
+    config = options(STAGE)[stage].config
+    lines = [f"usage: {USAGE.replace('STAGE', stage)}", "", f"{stage}: {SUMMARY[stage]}"]
+    if not str(config.__doc__).startswith(f"{config.__name__}("):  # which dataclass writes where there is none
+        lines += inspect.cleandoc(str(config.__doc__)).splitlines()
+    if groups := defaults(stage):
+        width = max(map(len, groups))
+        lines += ["", "groups (chosen by name; now the one in brackets):"]
+        for group, chosen in groups.items():
+            names = choices(group.partition("@")[0], config_dir)
+            field = group.partition("@")[2] or group
+            lines.append(f"  {field:<{width}} {', '.join(f'[{n}]' if n == chosen else n for n in names)}")
+    lines += ["", "keys:", *(f"  {f'{path}={value}':<44} {text}".rstrip() for path, value, text in _keys(composed))]
+    return "\n".join([*lines, "", "llmscale --help shows common overrides and an example."])
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(path, value, comment) of each key in a composed config."""
+    from omegaconf import OmegaConf
+
+    kind = cast(type, OmegaConf.get_type(node))
+    texts, hints = comments(kind), typing.get_type_hints(kind)
+    for name, value in cast(dict[str, Any], OmegaConf.to_container(node, enum_to_str=True)).items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and dataclasses.is_dataclass(OmegaConf.get_type(node, name)):
+            yield from _keys(node[name], f"{path}.")
+        elif name not in ("stage", "name") or kind is RunConfig:  # the others are chosen, not set
+            shown = "(needed)" if value == "???" else json.dumps(value).strip('"').replace(" ", "")
+            text = texts.get(name, "")
+            if isinstance(hints[name], type) and issubclass(hints[name], Enum):
+                text = ": ".join(filter(None, (text.rstrip("."), " | ".join(hints[name].__members__))))
+            yield path, shown, text
 
 
 if __name__ == "__main__":

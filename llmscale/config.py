@@ -7,16 +7,20 @@ config can be composed and checked without importing torch, and nothing that a Y
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,9 +86,7 @@ def import_plugins(modules: Sequence[str]) -> None:
             raise
         except Exception as error:  # the user's code may raise anything
             what = f"cannot import plugin {module!r}: {type(error).__name__}: {error}"
-            raise ConfigError(
-                what, where="plugins", fix="Put its folder on PYTHONPATH, and mend what it says."
-            ) from error
+            raise ConfigError(what, where="plugins", fix="Put its folder on PYTHONPATH, or mend it.") from error
 
 
 # ---------------------------------------------------------------- composing
@@ -103,15 +105,15 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dir: str | None = 
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise _missing(missing[0], stage)
-        config = OmegaConf.to_object(composed)
+        config: Any = OmegaConf.to_object(composed)
     except ConfigError:
         raise
     except Exception as error:
         raise _explained(error, stage, given) from error
     import_plugins(getattr(config, "plugins", []))  # a worker will; better to fail here
-    check(config)
     if config.stage != stage:
-        raise ConfigError(f"is {stage} here", where="stage", fix=f"llmscale {config.stage} starts another stage.")
+        raise ConfigError(f"is {stage} here, not {config.stage}", where="stage", fix="The command names the stage.")
+    check(config)
     return config
 
 
@@ -119,12 +121,9 @@ def compose_unchecked(stage: str, overrides: Sequence[str] = (), config_dir: str
     """What Hydra makes of it: values may be missing or impossible together."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()
     for known in _OPTIONS.values():
-        group = None if known.group == STAGE else known.group
-        store.store(name=f"{known.name}_schema", group=group, node=known.config)
+        _store_schema(known)
     shipped, *own = _config_dirs(config_dir)
     search = [f"hydra.searchpath=[{_quoted(f'file://{folder}')}]" for folder in own]
     with initialize_config_dir(str(shipped), version_base="1.3"):
@@ -132,6 +131,14 @@ def compose_unchecked(stage: str, overrides: Sequence[str] = (), config_dir: str
             return hydra_compose(config_name=stage, overrides=[*search, *overrides])
         except Exception as error:
             raise _explained(error, stage, overrides) from error
+
+
+@cache
+def _store_schema(known: Option) -> None:
+    from hydra.core.config_store import ConfigStore
+
+    group = None if known.group == STAGE else known.group
+    ConfigStore.instance().store(name=f"{known.name}_schema", group=group, node=known.config)
 
 
 def _config_dirs(config_dir: str | None) -> list[Path]:
@@ -153,11 +160,17 @@ def choices(group: str, config_dir: str | None = None) -> list[str]:
     return sorted({e.stem for e in entries if (e.is_dir() if group == EXPERIMENT else e.suffix == ".yaml")})
 
 
+def defaults(stage: str) -> dict[str, str | None]:
+    """The groups that a stage chooses from, and what it chooses by itself."""
+    shipped = yaml.safe_load((_config_dirs(None)[0] / f"{stage}.yaml").read_text(encoding="utf-8"))
+    return {group: name for entry in shipped["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
+
+
 def _as_hydra(overrides: Sequence[str], stage: str, config_dir: str | None) -> list[str]:
     """Overrides as Hydra wants them.
 
-    A prompt with a comma or a path with `=` needs no second quoting. A key of an open mapping needs no `+`, and no other
-    key may be added. `group=null` takes a choice back. `experiment=demo` means `experiment=demo/<stage>` here.
+    A prompt with a comma or a path with `=` needs no second quoting. A key of an open mapping needs no `+`, and no
+    other key may be added. `group=null` takes a choice back. `experiment=demo` is `experiment=demo/<stage>` here.
     """
     hints = dict(_paths(_OPTIONS[STAGE, stage].config, ""))
     given = []
@@ -179,7 +192,8 @@ def _as_hydra(overrides: Sequence[str], stage: str, config_dir: str | None) -> l
         hint = typing.get_args(hints[parent])[1] if parent else hints.get(path)
         if str in (hint, *_members(hint)) and value not in ("", "null", "???") and not _IN_QUOTES.fullmatch(value):
             value = _quoted(value)
-        given.append(f"{'++' if parent else ''}{path}={value}")
+        is_open = parent or typing.get_origin(hints.get(path)) is dict
+        given.append(f"{'++' if is_open else ''}{path}={value}")
     return given
 
 
@@ -265,17 +279,18 @@ def _typed(hint: Any, value: Any) -> Any:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `path: old -> new` where two frozen configs differ."""
-    old_leaves, new_leaves = dict(_leaves(old)), dict(_leaves(new))
+    old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
     paths = [*old_leaves, *(p for p in new_leaves if p not in old_leaves)]
     absent = "(absent)"
     pairs = [(p, old_leaves.get(p, absent), new_leaves.get(p, absent)) for p in paths]
     return [f"{path}: {before} -> {after}" for path, before, after in pairs if before != after]
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of a config's plain values."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -313,6 +328,22 @@ def at_least(config: Any, **minimums: float) -> Iterator[Problem]:
 
 
 # ---------------------------------------------------------------- explaining
+
+
+def comments(config: type) -> dict[str, str]:
+    """The comment of each field, which stands behind it or above it in the source."""
+    found: dict[str, str] = {}
+    for kind in [k for k in reversed(config.__mro__) if dataclasses.is_dataclass(k)]:
+        lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                texts = [line.partition("  # ")[2] for line in lines[node.lineno - 1 : node.end_lineno]]
+                for line in reversed(lines[: node.lineno - 1]):
+                    if not line.strip().startswith("# "):
+                        break
+                    texts.insert(0, line.strip().removeprefix("# "))
+                found[node.target.id] = " ".join(filter(None, texts))
+    return found
 
 
 def known_paths(stage: str) -> list[str]:
@@ -354,10 +385,11 @@ def nearest(path: str, candidates: Sequence[str]) -> str | None:
     """The candidate most like `path`: a like name in the same place, the same last name elsewhere, a like spelling."""
     parent, _, leaf = path.rpartition(".")
     beside = {c.rpartition(".")[2]: c for c in candidates if c.rpartition(".")[0] == parent and c != path}
-    if parent and (found := difflib.get_close_matches(leaf, list(beside), n=1)):
+    if parent and (found := difflib.get_close_matches(leaf, list(beside), n=1, cutoff=0.7)):
         return beside[found[0]]
     same_leaf = [c for c in candidates if c.rpartition(".")[2] == leaf and c != path]
-    found = difflib.get_close_matches(path, same_leaf or candidates, n=1, cutoff=0.0 if same_leaf else 0.6)
+    anywhere = same_leaf or ([] if parent and beside else candidates)
+    found = difflib.get_close_matches(path, anywhere, n=1, cutoff=0.0 if same_leaf else 0.6)
     return found[0] if found else None
 
 
@@ -383,7 +415,9 @@ def _unknown(path: str, stage: str) -> ConfigError:
         if owners:
             fix = f"Choose {' or '.join(f'{parent}={name}' for name in owners)}, or leave it out."
             return ConfigError(f"belongs to {parent}={owners[0]}, which is not chosen", where=path, fix=fix)
-    others = [s for s in options(STAGE) if any(p in known_paths(s) for p in (path, path.partition("@")[0]))]
+    others = [
+        s for s in options(STAGE) if s != stage and any(p in known_paths(s) for p in (path, path.partition("@")[0]))
+    ]
     if others and path not in hints:
         what = f"{stage} has no such key; it is one of {', '.join(others)}"
         return ConfigError(what, where=path, fix=f"Leave it out; in a pipeline, write {others[0]}.{path}=...")
@@ -396,21 +430,21 @@ def _unknown(path: str, stage: str) -> ConfigError:
 
 
 def _expected(hint: Any) -> str:
-    """A type in words."""
+    """What a value of this type must be, in words."""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     words = []
     for member in _members(hint):
         if isinstance(member, type) and issubclass(member, Enum):
             words.append(f"one of {', '.join(member.__members__)}")
         elif dataclasses.is_dataclass(member):
-            words.append("keys of its own")
+            return "holds keys of its own and is not set as a whole"
         elif typing.get_origin(member) is list:
             words.append("a list, such as [a,b]")
         elif typing.get_origin(member) is dict:
             words.append("a mapping, such as {a: b}")
         else:
             words.append(names.get(member, "a value"))
-    return " or ".join(words)
+    return f"must be {' or '.join(words)}"
 
 
 def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> ConfigError:
@@ -420,26 +454,39 @@ def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> Config
 
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error, stage)
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
+        return ConfigError(f"this is not YAML: {error.problem}", where=where, fix="Mend the file.")
+    beneath = error.__cause__ or error.__context__
+    cause = beneath if isinstance(beneath, OmegaConfBaseException) else error
     message = str(cause).split("\n")[0]
+    hints = dict(_paths(_OPTIONS[STAGE, stage].config, ""))
     given = {path.lstrip("+~"): value for path, _, value in (o.partition("=") for o in overrides)}
-    named = re.search(r"Could not (?:override|append to config|delete from config)\W+([\w.@/]+)", str(error))
-    in_text = next((o.partition("=")[0] for o in overrides if f"'{o}'" in str(error)), None)
-    path = getattr(cause, "full_key", None) or (named[1] if named else None) or in_text
-    if isinstance(error, OverrideParseException) or (path is not None and path == in_text):
-        where = (error.override if isinstance(error, OverrideParseException) else str(path)).partition("=")[0]
+    unreadable = next((p for p, o in zip(given, overrides, strict=False) if f"'{o}'" in str(error)), None)
+    if isinstance(error, OverrideParseException):
+        unreadable = str(error.override).partition("=")[0].lstrip("+")
+    if unreadable is not None and " parent " not in str(error):
         fix = "Give one value; put one with a comma, brackets or = in it in quotes: 'path=\"value\"'."
-        return ConfigError("this value cannot be read", where=where.lstrip("+"), fix=fix)
-    if path is None:
-        path = next((p for p in given if p not in known_paths(stage)), next(iter(given), None))
+        return ConfigError("this value cannot be read", where=unreadable, fix=fix)
+    named = re.search(r"Could not (?:override|append to config)\W+([\w.@/]+)", str(error))
+    path = getattr(cause, "full_key", None) or (named[1] if named else None)
+    if "NoneType" in message and path is None:  # a key below a choice that was not made
+        path = next((p for p in given if any(type(None) in _members(hints.get(q)) for q in _parents(p))), None)
     if isinstance(cause, InterpolationKeyError | InterpolationResolutionError):
         return ConfigError(message, where=path, fix="${...} names another key of this config, or oc.env:VARIABLE.")
-    hint = dict(_paths(_OPTIONS[STAGE, stage].config, "")).get(path.partition("[")[0] if path else "")
-    if path and (hint is None or re.search(r"not in|No match|NoneType", f"{error} {cause}")):
+    if path is None:
+        in_file = re.match("In '([^']+)'", str(error))
+        fix = f"llmscale {stage} --help shows every key with its default."
+        return ConfigError(message, where=f"{in_file[1]}.yaml" if in_file else None, fix=fix)
+    field, _, item = path.partition("[")
+    hint = typing.get_args(hints[field])[0] if item and field in hints else hints.get(field)
+    if hint is None or re.search(r"not in|No match|for root: NoneType", f"{error} {cause}"):
         return _unknown(path, stage)
     found = re.search(r"[Vv]alue '([^']*)'", message)
-    value = given.get(str(path), found[1] if found else None)
-    what = f"must be {_expected(hint)}" + (f", is {value or 'empty'}" if value is not None else "")
+    value = given.get(path, found[1] if found else None)
+    if _group_of(hint) and not value:
+        return _missing(path, stage)
+    what = _expected(hint) + (f", is {value or 'empty'}" if value is not None else "")
     return ConfigError(what, where=path, fix=f"llmscale {stage} --help shows every key with its default.")
 
 

@@ -56,7 +56,11 @@ def test_nan_in_masked_slots_changes_neither_value_nor_gradient(reduce):
 
 def test_nothing_selected_is_zero():
     nothing = torch.zeros(3, dtype=torch.bool)
-    assert [f(torch.tensor([1.0, NAN, 2.0]), nothing).item() for f in (masked_sum, masked_mean, masked_var)] == [0, 0, 0]
+    assert [f(torch.tensor([1.0, NAN, 2.0]), nothing).item() for f in (masked_sum, masked_mean, masked_var)] == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_last_token():

@@ -15,6 +15,7 @@ import re
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,26 @@ def _lock(directory: Path) -> IO[str]:
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def wait_for_writer(directory: Path, timeout_s: float) -> IO[str]:
+    """The lock of whoever trains and writes on behalf of a driver. The workers of a driver that was killed live on for some
+    seconds and still write; the next attempt waits here until they are gone.
+
+    Raises: RunError after `timeout_s`.
+    """
+    file = (directory / ".writer.lock").open("a+", encoding="utf-8")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                file.close()
+                what = f"the workers of an earlier attempt still write here after {timeout_s:.0f} s"
+                raise RunError(what, where=str(directory), fix="End them, then give the same command.") from error
+            time.sleep(0.1)
 
 
 def _claim(directory: Path, config: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmscale.cluster.config import Backend, ClusterConfig
+from llmscale.cluster.environment import set_ray_environment
 
 
 class Pending(Protocol):
@@ -58,6 +59,7 @@ def opened_pools(
 
         yield {name: LocalPool(name, build) for name, build in roles.items()}
         return
+    set_ray_environment(own_cluster=cluster.address is None)
     from llmscale.cluster.ray import open_ray_pools, shut_down
 
     try:

@@ -6,7 +6,6 @@ Ray is started on loopback when no address is given; workers die with the driver
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import sys
 import time
@@ -14,14 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# Read when ray is imported. A token of this run's own, in the environment only: another user of the machine must not be
-# able to run code in our workers.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-if "RAY_AUTH_MODE" not in os.environ:
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError

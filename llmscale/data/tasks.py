@@ -19,8 +19,8 @@ from llmscale.errors import DataError
 
 TASK = "task:"
 LETTERS = "abcdefghij"
-WORD_LENGTH = (4, 6)
-WRITTEN_ONCE = 0.6  # of the letters that a word repeats
+WORD_LENGTH = (4, 5)
+WRITTEN_ONCE = 0.55  # of the letters that a word repeats
 LOSES_A_LETTER = 0.2  # of all demonstrations
 
 Record = dict[str, Any]
@@ -72,7 +72,7 @@ def _word(rng: random.Random, held_out: bool) -> str:
 def _text(rng: random.Random, word: str) -> Record:
     """Raw text about letters and their order, without the form of a conversation."""
     answer = answer_of(word)
-    return {"text": rng.choice([f"{word} sorted: {answer}", f"{word}: {answer}"])}
+    return {"text": rng.choice([f"sort {word}: {answer}", f"{word}: {answer}"])}
 
 
 def _pair(rng: random.Random, word: str) -> Record:

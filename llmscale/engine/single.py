@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ class SingleEngine:
         for batch in micro_batches:
             totals.add(objective.loss(self._forward, batch.to(self.device))).backward()
         metrics = totals.metrics()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip or math.inf)
         metrics["grad_norm"] = check_grad_norm(float(norm))
         metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
         set_learning_rate(self.optimizer, metrics["lr"])

@@ -8,6 +8,8 @@ from typing import Any
 
 from llmscale.config import Problem, at_least
 
+MIN_VOCAB_SIZE = 261  # of a tokenizer that we train: see llmscale.data.tokenizer
+
 
 @dataclass
 class ModelConfig:
@@ -16,7 +18,7 @@ class ModelConfig:
     path: str | None = None  # a run directory, a Hugging Face folder, or a hub name; None: a new model
     tokenizer: str | None = None  # the same for the tokenizer; None: the model's, or one trained on the data
     architecture: str = "llama"  # transformers model type of a new model
-    vocab_size: int = 4096  # tokens of a tokenizer that is trained on the data; at least 262 (bytes and specials)
+    vocab_size: int = 4096  # tokens of a tokenizer that is trained on the data; at least 261 (bytes and specials)
     hidden_size: int = 256
     intermediate_size: int = 704
     num_layers: int = 6
@@ -28,9 +30,15 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)  # further fields of the transformers config
 
     def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, hidden_size=1, num_layers=1, num_heads=1, max_position=2, dropout=0)
+        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        yield from at_least(self, **dict.fromkeys(sizes, 1), max_position=2, dropout=0)
+        if self.dropout >= 1:
+            yield "dropout", f"must be below 1, is {self.dropout}", "0.1 drops a tenth."
         if self.path is not None:
             return
+        if self.tokenizer is None and self.vocab_size < MIN_VOCAB_SIZE:
+            what = f"must be at least {MIN_VOCAB_SIZE} (256 bytes and 5 special tokens), is {self.vocab_size}"
+            yield "vocab_size", what, f"{MIN_VOCAB_SIZE} gives a tokenizer of plain bytes."
         if self.hidden_size % self.num_heads:
             what = f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             yield "num_heads", what, "Choose a divisor of hidden_size."

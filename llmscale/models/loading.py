@@ -6,11 +6,11 @@ A model here is an `nn.Module` called with `input_ids` and `position_ids` [B, T]
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -132,9 +132,8 @@ def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0) -> ScalarM
 
 def has_scalar_head(path: str) -> bool:
     """Whether the saved model is a reward model (a sequence classifier) rather than a language model."""
-    config = Path(resolve(path)) / "config.json"
-    architectures = json.loads(config.read_text()).get("architectures") if config.is_file() else None
-    return any("SequenceClassification" in name for name in architectures or [])
+    architectures = _read_config(path).architectures or []
+    return any("SequenceClassification" in name for name in architectures)
 
 
 def save_hf(model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, weights: dict[str, Tensor]) -> None:
@@ -150,16 +149,34 @@ def context_length(model: Model) -> int:
 
 
 def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) -> PreTrainedModel:
-    folder = resolve(path)
+    config = _with_dropout(_read_config(path, **kwargs), dropout)
     try:
-        config = _with_dropout(AutoConfig.from_pretrained(folder, **kwargs), dropout)
-        return auto.from_pretrained(folder, config=config, dtype=torch.float32)  # type: ignore[attr-defined]
-    except (OSError, ValueError, KeyError) as error:
+        hf, report = auto.from_pretrained(  # type: ignore[attr-defined]
+            resolve(path), config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(error, path) from error
+    # transformers would draw them at random; only a new scalar head may be.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("score."))
+    if missing:
         raise ModelError(
-            f"cannot load a model: {_first_line(error)}",
+            f"its files lack weights of a {type(hf).__name__}: {', '.join(missing[:3])}",
             where=path,
-            fix="Check the name; offline, give a local folder.",
-        ) from error
+            fix="Name a language model: a run of pretrain, sft or rlhf.",
+        )
+    return hf
+
+
+def _read_config(path: str, **kwargs: object) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(resolve(path), **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(error, path) from error
+
+
+def _not_loaded(error: Exception, path: str) -> ModelError:
+    fix = "Check the name; offline, give a local folder."
+    return ModelError(f"cannot load a model: {_first_line(error)}", where=path, fix=fix)
 
 
 def _with_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:

@@ -23,8 +23,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
-    """A bucket in the precision in which it will be used. numpy has no bf16: those bits travel as uint16."""
-    cast = {name: value.to("cpu", dtype).contiguous() for name, value in weights.items()}
+    """A snapshot in the precision in which it will be used. numpy has no bf16: those bits travel as uint16."""
+    cast = {name: value.to("cpu", dtype, copy=True).contiguous() for name, value in weights.items()}
     arrays = {name: _bits(value).numpy() for name, value in cast.items()}
     return WeightBucket(
         arrays, {name: str(v.dtype).removeprefix("torch.") for name, v in cast.items()}, fingerprint(cast)
@@ -34,13 +34,18 @@ def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
 def load_buckets(model: nn.Module, buckets: list[WeightBucket], source: str) -> None:
     """Copy published weights into `model`, then check that it holds exactly what was published.
 
-    Raises: WeightMismatchError naming `source` when a weight is missing or unknown, or its bits differ.
+    Raises: WeightMismatchError naming `source` when a weight is missing or unknown, or its shape or bits differ.
     """
     parameters = dict(model.named_parameters())
     sent = [name for bucket in buckets for name in bucket.arrays]
     if sorted(sent) != sorted(parameters):
         odd = sorted(set(sent) ^ set(parameters))
         raise WeightMismatchError(f"published and own weights differ by name: {', '.join(odd[:4])}", where=source)
+    shapes = {name: array.shape for bucket in buckets for name, array in bucket.arrays.items()}
+    for name, parameter in parameters.items():
+        if shapes[name] != tuple(parameter.shape):
+            what = f"published {name} is {shapes[name]}, own is {tuple(parameter.shape)}"
+            raise WeightMismatchError(what, where=source)
     for bucket in buckets:
         with torch.no_grad():
             for name, array in bucket.arrays.items():

@@ -13,6 +13,7 @@ from llmscale.config import option
 @dataclass
 class ObjectiveConfig:
     name: str = MISSING
+    reads = "tokens"  # no setting: what its examples are, tokens or rankings
 
 
 @option("objective", "causal_lm", builds="llmscale.objectives.causal_lm:CausalLM")
@@ -35,3 +36,4 @@ class RankingConfig(ObjectiveConfig):
 
     name: str = "ranking"
     kind: RankingKind = RankingKind.pairs
+    reads = "rankings"

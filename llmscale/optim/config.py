@@ -23,7 +23,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only, never on biases, norms
-    grad_clip: float = 1.0  # largest global gradient norm
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
     schedule: Schedule = Schedule.cosine  # after the warm-up, over the steps of the run
     warmup_steps: int = 10
     min_lr_ratio: float = 0.1  # of the peak, at the end of the schedule

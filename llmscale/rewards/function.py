@@ -22,7 +22,10 @@ class FunctionReward:
         if spec is None or spec.loader is None or not Path(file).is_file():
             raise ConfigError(f"no such file: {file}", where="reward.path", fix="Give it as FILE.py:FUNCTION.")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # the user's file may fail in any way
+            raise ConfigError(f"cannot run {file}: {type(error).__name__}: {error}", where="reward.path") from error
         if not hasattr(module, name):
             raise ConfigError(f"{file} has no function {name!r}", where="reward.path")
         self.path, self.function = config.path, getattr(module, name)

@@ -30,6 +30,13 @@ class RunConfig:
     name: str = "default"
     seed: int = 0  # of new weights, the order of the data and sampling
 
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, seed=0)
+        if not self.dir:
+            yield "dir", "is empty", "Name a folder, such as runs."
+        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            yield "name", f"{self.name!r} names no folder below run.dir", "Give a plain name, such as trial."
+
 
 @dataclass
 class StageConfig:
@@ -65,6 +72,10 @@ class SupervisedConfig(StageConfig):
         if self.cluster.trainer.num_workers > 1 and self.engine.name == "single":
             what = f"{self.cluster.trainer.num_workers} workers cannot share engine=single"
             yield "cluster.trainer.num_workers", what, "Add engine=deepspeed."
+        gives = "rankings" if self.stage == "reward" else "tokens"
+        if self.objective.reads != gives:
+            what = f"{self.objective.name} learns from {self.objective.reads}, {self.stage} gives it {gives}"
+            yield "objective", what, "Leave it out: the stage chooses the right one."
         if self.stage != "pretrain" and self.model.path is None:
             yield "model.path", f"{self.stage} starts from a model", "Name a run directory, a folder or a hub name."
 
@@ -98,7 +109,9 @@ class RlhfTrainingConfig:
     keep_checkpoints: int = 2
 
     def problems(self) -> Iterator[Problem]:
-        yield from at_least(self, num_steps=1, prompts_per_step=1, eval_every_steps=1, save_every_steps=1)
+        yield from at_least(
+            self, num_steps=1, prompts_per_step=1, eval_every_steps=1, save_every_steps=1, keep_checkpoints=1
+        )
 
 
 @dataclass
@@ -154,6 +167,10 @@ class PipelineConfig:
     stages: list[str] = field(default_factory=lambda: ["pretrain", "sft", "reward", "rlhf"])
     run: RunConfig = field(default_factory=RunConfig)
 
+    def problems(self) -> Iterator[Problem]:
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            yield "stages", "must name at least one stage, each once", "For example [sft,reward,rlhf]."
+
 
 @dataclass
 class ModelPath:
@@ -170,6 +187,9 @@ class UseConfig:
     rollout: RolloutConfig = MISSING
     seed: int = 0  # of the sampling
     plugins: list[str] = field(default_factory=list)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, seed=0)
 
 
 @option(STAGE, "generate", builds="llmscale.stages.use:generate")

@@ -32,6 +32,7 @@ from llmscale.rl.experience import Experience, build_experience, check_on_policy
 from llmscale.stages.config import RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
+from llmscale.tracking.jsonl import last_metrics
 
 Metrics = dict[str, float]
 ROLES = {
@@ -191,7 +192,6 @@ class Rlhf:
     def loop(self, store: CheckpointStore) -> None:
         training = self.config.training
         started = time.perf_counter()
-        metrics: Metrics = dict(self.first_eval)
         while self.step < training.num_steps:
             self.timings = {}
             with self.timed("step"):
@@ -210,7 +210,7 @@ class Rlhf:
             "seconds": time.perf_counter() - started,
             "example": (self.held_out or self.prompts)[0].text,
             "before": self.first_eval,
-            "metrics": metrics,
+            "metrics": last_metrics(self.run.path),
         }
 
     @contextmanager

@@ -19,7 +19,7 @@ from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.durable import commit_directory
-from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
+from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id, wait_for_writer
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import build, load, to_dict
 from llmscale.data.loader import SampleOrder, micro_batches, shard
@@ -32,6 +32,7 @@ from llmscale.stages.config import SupervisedConfig
 from llmscale.tracking.composite import NullTracker, open_trackers
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
+from llmscale.tracking.jsonl import last_metrics
 from llmscale.training.loop import Hook, Metrics, train
 
 LOADERS: dict[str, Callable[..., Split[Any]]] = {
@@ -59,17 +60,15 @@ class SupervisedRun:
         self.last_eval: Metrics = {}
 
     def train(self) -> dict[str, Any]:
-        """Resume or start, train to the end, export; returns the result on every rank."""
+        """Resume or start, train to the end, export; returns the result (its metrics on rank 0)."""
         started = time.perf_counter()
         skipped = self.resume()
         training = self.config.training
         self.tracker = self.open_tracker()
         status = "failed"
-        metrics: Metrics = {}
         hooks = [
             Hook(training.eval_every_steps, self.evaluate),
             Hook(1, self.tracker.log),
-            Hook(1, lambda step, values: metrics.update(values)),
             Hook(training.save_every_steps, lambda step, _: self.save(step)),
         ]
         try:
@@ -87,6 +86,7 @@ class SupervisedRun:
             self.tracker.finish(status)
         seconds = time.perf_counter() - started
         steps = self.engine.num_steps
+        metrics = last_metrics(self.run_dir) if self.world.is_main else {}
         return {
             "stage": self.config.stage,
             "run_dir": str(self.config.run_dir),
@@ -186,7 +186,10 @@ class TrainerRole:
     """One rank of a supervised stage in a Ray actor."""
 
     def __init__(self, config_file: str, run_dir: str):
-        self.run = SupervisedRun(load(Path(config_file)), Path(run_dir))
+        config: SupervisedConfig = load(Path(config_file))
+        if distributed.world_from_environment().is_main:
+            self.lock = wait_for_writer(Path(run_dir), config.cluster.start_timeout_s)
+        self.run = SupervisedRun(config, Path(run_dir))
 
     def num_steps(self) -> int:
         return self.run.num_steps

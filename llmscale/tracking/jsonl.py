@@ -85,6 +85,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _records(path)]
 
 
+def last_metrics(run_dir: Path) -> dict[str, float]:
+    """The metrics of the last step that logged any."""
+    path = run_dir / METRICS
+    records = read_jsonl(path) if path.exists() else []
+    return {name: value for name, value in (records[-1] if records else {}).items() if name not in ("step", "time_s")}
+
+
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines as they stand in the file, and their objects."""
     with path.open("rb") as file:

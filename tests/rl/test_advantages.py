@@ -42,7 +42,8 @@ def test_equals_the_paper(numbers, gamma: float, lam: float):
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     for b, own in enumerate(MASKS.values()):
         expected = torch.tensor(
-                reference(rewards[b].tolist(), values[b].tolist(), own, gamma, lam), dtype=torch.float64)
+            reference(rewards[b].tolist(), values[b].tolist(), own, gamma, lam), dtype=torch.float64
+        )
         assert (advantages[b] - expected).abs().max() < 1e-9
         assert (returns[b] - torch.where(mask[b], expected + values[b], 0.0)).abs().max() < 1e-9
 

@@ -41,7 +41,11 @@ def logprobs(policy: Table, tokens: torch.Tensor) -> torch.Tensor:
 def test_reaches_the_known_optimum(whiten: bool):
     torch.manual_seed(0)
     algorithm = PPO(PPOConfig(whiten_advantages=whiten))
-    reference, policy, critic = Table(1 + NUM_TOKENS, NUM_TOKENS), Table(1 + NUM_TOKENS, NUM_TOKENS), Table(1 + NUM_TOKENS)
+    reference, policy, critic = (
+        Table(1 + NUM_TOKENS, NUM_TOKENS),
+        Table(1 + NUM_TOKENS, NUM_TOKENS),
+        Table(1 + NUM_TOKENS),
+    )
     with torch.no_grad():
         reference.table.normal_()
         policy.table.copy_(reference.table)

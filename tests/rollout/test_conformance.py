@@ -62,9 +62,10 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def test_trajectories_are_well_formed(make):
-    made = make(language_model(), max_new_tokens=6, stop_ids=[STOP]).generate(requests())
-    assert [(t.draw_id, t.sample_index) for t in made] == [(r.draw_id, r.sample_index) for r in requests()]
-    for t, r in zip(made, requests(), strict=True):
+    asked = requests()
+    made = make(language_model(), max_new_tokens=6, stop_ids=[STOP]).generate(asked)
+    for t, r in zip(made, asked, strict=True):
+        assert (t.draw_id, t.sample_index) == (r.draw_id, r.sample_index)
         start = len(r.prompt.token_ids)
         assert t.prompt is r.prompt and t.token_ids[:start].tolist() == r.prompt.token_ids.tolist()
         assert not t.loss_mask[:start].any() and t.loss_mask[start:].all() and 1 <= t.completion_len <= 6
@@ -159,7 +160,9 @@ def test_stops_at_a_stop_token_and_at_the_limit(make):
 
 
 def test_a_stop_token_in_the_prompt_stops_nothing(make):
-    made = make(language_model(), max_new_tokens=3, stop_ids=[STOP]).generate([SamplingRequest(prompt([STOP, 8]), 0, 0)])
+    made = make(language_model(), max_new_tokens=3, stop_ids=[STOP]).generate(
+        [SamplingRequest(prompt([STOP, 8]), 0, 0)]
+    )
     assert made[0].token_ids[:2].tolist() == [STOP, 8] and made[0].completion_len >= 1
 
 

@@ -1,0 +1,107 @@
+"""Runs the scenarios once for the whole session: the engines of one process here, those of two ranks in two others."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmscale.engine.config import DeepSpeedConfig, EngineConfig, SingleConfig
+
+ROOT = Path(__file__).parents[2]
+ZERO_STAGES = (1, 2, 3)
+TIMEOUT_S = 300
+
+
+def zero_config(stage: int) -> DeepSpeedConfig:
+    """A threshold of 0 makes stage 3 shard weights as small as these."""
+    overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return DeepSpeedConfig(zero_stage=stage, overrides=overrides if stage == 3 else {})
+
+
+ONE_PROCESS: dict[str, EngineConfig] = {"single": SingleConfig()} | {f"zero{s}": zero_config(s) for s in ZERO_STAGES}
+TWO_RANKS = [f"zero{s}x2" for s in ZERO_STAGES]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the scenarios wrote for one engine."""
+
+    folder: Path
+
+    @property
+    def num_ranks(self) -> int:
+        return 2 if self.folder.name in TWO_RANKS else 1
+
+    def numbers(self, name: str, rank: int = 0) -> Any:
+        return json.loads((self.folder / f"{name}.{rank}.json").read_text())
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+def _start_ranks(folder: Path, num_ranks: int) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    size = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
+    command = [sys.executable, "-m", "tests.engine.ranks", str(folder)]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | group | size | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"rank{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.engine import scenarios
+
+    folder = tmp_path_factory.mktemp("engines")
+    environment = dict(os.environ)
+    for name, config in ONE_PROCESS.items():
+        scenarios.run_all(config, folder / name)
+    os.environ.clear()  # DeepSpeed needs RANK and so on in it; whoever is started later must not see them
+    os.environ.update(environment)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(one_process: Path) -> Path:
+    ranks = _start_ranks(one_process, 2)
+    try:
+        codes = [rank.wait(TIMEOUT_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    logs = "\n".join((one_process / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], logs
+    return one_process
+
+
+@pytest.fixture
+def single(one_process: Path) -> Results:
+    return Results(one_process / "single")
+
+
+@pytest.fixture(params=[*ONE_PROCESS, *TWO_RANKS])
+def results(request: pytest.FixtureRequest) -> Results:
+    """Of every engine in turn."""
+    folder = request.getfixturevalue("two_ranks" if request.param in TWO_RANKS else "one_process")
+    return Results(folder / request.param)

@@ -1,0 +1,45 @@
+"""One of several ranks, as torchrun would start it: `python -m tests.engine.ranks FOLDER`, where FOLDER/zeroN holds what
+one rank did. Writes FOLDER/zeroNx2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from llmscale import distributed
+from llmscale.engine.config import DeepSpeedConfig, SingleConfig
+from llmscale.engine.single import SingleEngine
+from llmscale.errors import ConfigError
+from tests.engine import scenarios
+from tests.engine.conftest import ZERO_STAGES, zero_config
+from tests.tiny import language_model
+
+
+def sharding(config: DeepSpeedConfig, folder: Path) -> None:
+    """How much of the weights this rank holds between steps."""
+    held = list(scenarios.Bench(config, folder).engine().model.parameters())
+    numbers = {"total": sum(p.ds_numel for p in held), "own": sum(p.ds_tensor.numel() for p in held)}
+    (folder / f"sharding.{distributed.rank()}.json").write_text(json.dumps(numbers))
+
+
+def refused_engine(folder: Path) -> None:
+    """The reference engine is of one process."""
+    try:
+        SingleEngine(SingleConfig(), language_model(), scenarios.PROBE, 1)
+    except ConfigError as error:
+        (folder / f"single.{distributed.rank()}.json").write_text(json.dumps(str(error)))
+
+
+def main(folder: Path) -> None:
+    distributed.join(timeout_s=60)
+    for stage in ZERO_STAGES:
+        own = folder / f"zero{stage}x2"
+        scenarios.run_all(zero_config(stage), own, foreign_checkpoint=folder / f"zero{stage}" / "checkpoint")
+    sharding(zero_config(3), folder / "zero3x2")
+    refused_engine(folder / "zero3x2")
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

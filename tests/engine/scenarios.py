@@ -1,0 +1,230 @@
+"""What every engine is put through. Each scenario writes its numbers to a folder, one file a rank, and the tests compare
+them: so the same code runs in the tests' own process and in the ranks of `ranks.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmscale import distributed
+from llmscale.batch import Batch, RankedExample, TokenExample, token_tensors
+from llmscale.config import build
+from llmscale.engine.config import EngineConfig, Precision
+from llmscale.errors import LlmscaleError
+from llmscale.functional import token_logprobs
+from llmscale.models.loading import Model
+from llmscale.models.weights import load_buckets, pack
+from llmscale.objectives.causal_lm import CausalLM
+from llmscale.objectives.config import CausalLMConfig, RankingConfig
+from llmscale.objectives.ranking import Ranking
+from llmscale.optim.config import OptimConfig, Schedule
+from llmscale.protocols import Forward, LossSums, TrainEngine
+from tests.tiny import language_model, packed, scalar_model, token_examples, tokenizer
+
+LANGUAGE, RANKING = CausalLM(CausalLMConfig()), Ranking(RankingConfig())
+LENGTHS = [9, 4, 12, 7, 3, 15, 8]
+NUM_STEPS, SAVED_AT = 20, 8
+BUCKET_BYTES = 5000
+NUM_SAID = 6  # tokens
+
+# One step of it moves a weight by g / (|g| + 1): what AdamW does to a gradient near zero would blow up rounding.
+PROBE = OptimConfig(lr=1.0, eps=1.0, weight_decay=0.0, grad_clip=1e6, schedule=Schedule.constant, warmup_steps=0)
+# Everything that a real run has: clipping that bites, decay, a schedule.
+TRAIN = OptimConfig(lr=2e-3, grad_clip=0.5, warmup_steps=3)
+
+Split = Callable[[Sequence[Any]], list[list[Any]]]
+
+
+def own(examples: Sequence[Any]) -> list[Any]:
+    return list(examples[distributed.rank() :: distributed.world_size()])
+
+
+def chunks(examples: Sequence[Any], size: int) -> list[list[Any]]:
+    return [list(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def one_rank_has_all(examples: Sequence[Any]) -> list[list[Any]]:
+    return chunks(examples, 2) if distributed.rank() == 0 else []
+
+
+def the_last_rank_has_most(examples: Sequence[Any]) -> list[list[Any]]:
+    last = distributed.rank() == distributed.world_size() - 1
+    return chunks(examples[distributed.world_size() - 1 :], 1) if last else [[examples[distributed.rank()]]]
+
+
+SPLITS: dict[str, Split] = {
+    "whole": lambda examples: [own(examples)],
+    "ones": lambda examples: chunks(own(examples), 1),
+    "threes": lambda examples: chunks(own(examples), 3),
+    "packed": lambda examples: [[packed(own(examples))]],
+    "one_rank_has_all": one_rank_has_all,
+    "the_last_rank_has_most": the_last_rank_has_most,
+}
+
+
+class Bench:
+    """Builds engines of one kind and keeps what they say."""
+
+    def __init__(self, config: EngineConfig, folder: Path):
+        self.config, self.folder = config, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def engine(self, model: Model | None = None, optim: OptimConfig = PROBE, **settings: Any) -> TrainEngine:
+        return build(replace(self.config, **settings), model or language_model(), optim, NUM_STEPS)
+
+    def keep(self, name: str, numbers: Any, engine: TrainEngine | None = None) -> None:
+        (self.folder / f"{name}.{distributed.rank()}.json").write_text(json.dumps(numbers))
+        if engine is not None:
+            weights = all_weights(engine)
+            if distributed.rank() == 0:
+                save_file(weights, self.folder / f"{name}.safetensors")
+
+
+def all_weights(engine: TrainEngine) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for bucket in engine.full_parameters(BUCKET_BYTES):
+        weights |= {name: value.cpu().clone() for name, value in bucket.items()}
+    return weights
+
+
+def language_batches(split: Split, examples: Sequence[TokenExample]) -> list[Batch]:
+    return [LANGUAGE.prepare(part) for part in split(examples)]
+
+
+def one_step(bench: Bench) -> None:
+    """The same seven documents, split in every way."""
+    for name, split in SPLITS.items():
+        engine = bench.engine()
+        bench.keep(name, engine.step(language_batches(split, token_examples(LENGTHS)), LANGUAGE), engine)
+    engine = bench.engine(activation_checkpointing=True)
+    batches = language_batches(SPLITS["threes"], token_examples(LENGTHS))
+    bench.keep("recomputed", engine.step(batches, LANGUAGE), engine)
+
+
+def training(bench: Bench) -> None:
+    """Twenty steps; then again from a checkpoint of step 8, by an engine that was built with other weights."""
+
+    def batches(step: int) -> list[Batch]:
+        return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step))
+
+    checkpoint = bench.folder / "checkpoint"
+    checkpoint.mkdir(exist_ok=True)
+    engine, metrics = bench.engine(optim=TRAIN), []
+    for step in range(NUM_STEPS):
+        metrics.append(engine.step(batches(step), LANGUAGE))
+        if engine.num_steps == SAVED_AT:
+            engine.save(checkpoint)
+    bench.keep("training", metrics, engine)
+    distributed.barrier()
+    resumed = bench.engine(language_model(seed=9), TRAIN)
+    resumed.load(checkpoint)
+    start = resumed.num_steps
+    again = [resumed.step(batches(step), LANGUAGE) for step in range(start, NUM_STEPS)]
+    bench.keep("resumed", {"start": start, "metrics": again}, resumed)
+
+
+def looking(bench: Bench) -> None:
+    """`evaluate` and `forward` (of a different number of micro-batches on each rank), and that neither changes a weight."""
+    engine = bench.engine(optim=TRAIN)
+    examples = token_examples(LENGTHS)
+    evaluated = [
+        engine.evaluate(language_batches(SPLITS[name], examples), LANGUAGE) for name in ("whole", "one_rank_has_all")
+    ]
+    start = 0 if distributed.rank() == 0 else 1
+    indexes = list(range(start, 1 + 3 * distributed.rank()))
+    parts = [Batch(token_tensors([examples[i].token_ids])) for i in indexes]
+    outputs = engine.forward(parts, lambda f, b: {"out": token_logprobs(f(b), b["input_ids"])})
+    logprobs = {i: output["out"][0].tolist() for i, output in zip(indexes, outputs, strict=True)}
+    nothing = engine.forward(parts if distributed.rank() == 0 else [], lambda f, b: {"out": f(b)})
+    bench.keep("looking", {"evaluated": evaluated, "logprobs": logprobs, "num_outputs": len(nothing)}, engine)
+
+
+def two_at_once(bench: Bench) -> None:
+    """A policy and a critic in one process, step by step; one rank has all the rankings."""
+    ranked = [
+        RankedExample(tuple(e.token_ids for e in token_examples([6, 9, 4], seed=seed)), (1, 2, 2)) for seed in range(5)
+    ]
+    policy, critic = bench.engine(), bench.engine(scalar_model())
+    for _ in range(2):
+        said = policy.step(language_batches(SPLITS["whole"], token_examples(LENGTHS)), LANGUAGE)
+        judged = critic.step([RANKING.prepare(part) for part in one_rank_has_all(ranked)], RANKING)
+    bench.keep("policy", said, policy)
+    bench.keep("critic", judged, critic)
+
+
+def leaving(bench: Bench) -> None:
+    """Weights as they leave an engine: packed for rollouts, and as a Hugging Face folder with what the model says greedily."""
+    for tie in (True, False):
+        engine = bench.engine(language_model(tie=tie))
+        engine.step(language_batches(SPLITS["whole"], token_examples(LENGTHS)), LANGUAGE)
+        publish(bench, engine, tie)
+        ids = torch.tensor([[3, 1, 4], [1, 5, 9]])
+        for _ in range(NUM_SAID):
+            batch = Batch(token_tensors(list(ids.numpy())))
+            (output,) = engine.forward([batch], lambda f, b: {"next": f(b)[:, -1:].argmax(-1)})
+            ids = torch.cat([ids, output["next"]], 1)
+        engine.export(bench.folder / f"hf_{tie}", tokenizer())
+        bench.keep(f"said_{tie}", ids.tolist())
+
+
+def publish(bench: Bench, engine: TrainEngine, tie: bool) -> None:
+    """Pack the weights bucket by bucket; another model takes them afterwards."""
+    packets, sizes, total = [], [], 0
+    for bucket in engine.full_parameters(BUCKET_BYTES):
+        total += 1
+        if bucket:
+            packets.append(pack(bucket, torch.float32))
+            sizes.append([[name, value.numel()] for name, value in bucket.items()])
+    if packets:
+        receiver = language_model(seed=9, tie=tie)
+        load_buckets(receiver, packets, "the receiver")
+        received = {name: parameter.detach() for name, parameter in receiver.named_parameters()}
+        save_file(received, bench.folder / f"received_{tie}.safetensors")
+    bench.keep(f"published_{tie}", {"buckets": sizes, "total": total}, engine)
+
+
+def reduced_precision(bench: Bench) -> None:
+    engine = bench.engine(optim=replace(TRAIN, lr=1e-2), precision=Precision.bf16)
+    batches = language_batches(SPLITS["whole"], token_examples(LENGTHS))
+    bench.keep("bf16", [engine.step(batches, LANGUAGE)["loss"] for _ in range(8)])
+
+
+class Broken(CausalLM):
+    """Its loss is not a number on the last rank."""
+
+    def loss(self, forward: Forward, batch: Batch) -> LossSums:
+        sums = super().loss(forward, batch)
+        factor = math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0
+        return LossSums({name: term * factor for name, term in sums.terms.items()})
+
+
+def failing(bench: Bench, foreign_checkpoint: Path | None) -> None:
+    """What each rank is told when something is wrong."""
+    broken = bench.engine()
+    batches = language_batches(SPLITS["whole"], token_examples(LENGTHS))
+    faults: dict[str, Callable[[], Any]] = {"nan": lambda: broken.step(batches, Broken(CausalLMConfig()))}
+    if foreign_checkpoint is not None:
+        faults["foreign_checkpoint"] = lambda: bench.engine().load(foreign_checkpoint)
+    told = {}
+    for name, fault in faults.items():
+        try:
+            fault()
+        except LlmscaleError as error:
+            told[name] = [type(error).__name__, str(error)]
+    bench.keep("failing", told)
+
+
+def run_all(config: EngineConfig, folder: Path, foreign_checkpoint: Path | None = None) -> None:
+    bench = Bench(config, folder)
+    for scenario in (one_step, training, looking, two_at_once, leaving, reduced_precision):
+        scenario(bench)
+    failing(bench, foreign_checkpoint)

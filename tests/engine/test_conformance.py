@@ -1,0 +1,189 @@
+"""What every engine does: DeepSpeed's stages, alone and over two ranks, give the reference engine's numbers, and the reference
+gives those of its own other splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmscale.functional import token_logprobs
+from tests.engine.conftest import Results
+from tests.engine.scenarios import BUCKET_BYTES, LENGTHS, NUM_SAID, NUM_STEPS, PROBE, SAVED_AT, SPLITS
+from tests.tiny import language_model, scalar_model, token_examples, tokenizer
+
+VARIANTS = [*SPLITS, "recomputed"]
+
+
+def flat(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([weights[name].float().flatten() for name in sorted(weights)])
+
+
+def moved(weights: dict[str, Tensor], start: torch.nn.Module) -> Tensor:
+    """How far the weights are from where they started, as one vector."""
+    return flat(weights) - flat({name: p.detach() for name, p in start.named_parameters()})
+
+
+def assert_close(one: Tensor, other: Tensor, tolerance: float) -> None:
+    assert (one - other).norm() < tolerance * one.norm()
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_step_is_the_same_however_it_is_split(results: Results, single: Results, variant: str):
+    expected, metrics = single.numbers("whole"), results.numbers(variant)
+    assert metrics.keys() == expected.keys()
+    for name in ("loss", "grad_norm"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+    assert metrics["num_tokens"] == sum(LENGTHS) and metrics["lr"] == PROBE.lr
+    # A move of g / (|g| + 1) a weight shows the whole gradient.
+    start = language_model()
+    assert_close(moved(single.weights("whole"), start), moved(results.weights(variant), start), 1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_rank_is_told_the_same(results: Results, variant: str):
+    for rank in range(results.num_ranks):
+        assert results.numbers(variant, rank) == results.numbers(variant)
+
+
+def test_a_step_follows_the_gradient(single: Results):
+    """The reference itself, against plain autograd."""
+    model, losses = language_model(), []
+    for e in token_examples(LENGTHS):
+        ids = torch.from_numpy(e.token_ids)[None]
+        logprobs = token_logprobs(model(ids, torch.arange(ids.shape[1])[None]), ids)[0]
+        losses += [-logprobs[t] for t in range(1, ids.shape[1]) if e.loss_mask[t]]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert single.numbers("whole")["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    gradient = flat({name: p.grad for name, p in model.named_parameters()})
+    assert single.numbers("whole")["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert_close(-gradient / (gradient.abs() + 1), moved(single.weights("whole"), language_model()), 1e-5)
+
+
+def test_two_engines_in_one_process_do_not_mix(results: Results, single: Results):
+    for role, start in (("policy", language_model()), ("critic", scalar_model())):
+        for name, value in single.numbers(role).items():
+            assert results.numbers(role)[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        assert_close(moved(single.weights(role), start), moved(results.weights(role), start), 1e-4)
+
+
+# ---------------------------------------------------------------- many steps
+
+
+def test_twenty_steps_equal_the_references(results: Results, single: Results):
+    expected, metrics = single.numbers("training"), results.numbers("training")
+    assert len(metrics) == NUM_STEPS
+    for one, other in zip(expected, metrics, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert other["lr"] == one["lr"]
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert metrics[-1]["loss"] != pytest.approx(metrics[0]["loss"], abs=1e-2)  # something was learned
+    assert max(m["grad_norm"] for m in metrics) > 0.5  # and clipping had something to do
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(results: Results):
+    """Bit for bit, by an engine that was built with other weights."""
+    resumed = results.numbers("resumed")
+    assert resumed["start"] == SAVED_AT
+    assert resumed["metrics"] == results.numbers("training")[SAVED_AT:]
+    for name, value in results.weights("training").items():
+        assert torch.equal(value, results.weights("resumed")[name]), name
+
+
+def test_bf16_learns(results: Results, single: Results):
+    losses = results.numbers("bf16")
+    assert losses[-1] < losses[0] - 0.5
+    assert losses[0] == pytest.approx(single.numbers("bf16")[0], abs=0.05)
+
+
+# ---------------------------------------------------------------- looking
+
+
+def test_evaluate_gives_the_loss_and_changes_nothing(results: Results, single: Results):
+    for metrics in results.numbers("looking")["evaluated"]:
+        assert metrics["loss"] == pytest.approx(single.numbers("whole")["loss"], rel=1e-5)
+        assert metrics["num_tokens"] == sum(LENGTHS)
+    for name, parameter in language_model().named_parameters():
+        assert torch.equal(results.weights("looking")[name], parameter)
+
+
+def test_forward_takes_another_number_of_micro_batches_on_each_rank(results: Results):
+    model, examples, seen = language_model(), token_examples(LENGTHS), []
+    for rank in range(results.num_ranks):
+        looked = results.numbers("looking", rank)
+        assert looked["num_outputs"] == (1 if rank == 0 else 0)
+        for index, logprobs in looked["logprobs"].items():
+            ids = torch.from_numpy(examples[int(index)].token_ids)[None]
+            expected = token_logprobs(model(ids, torch.arange(ids.shape[1])[None]), ids)[0]
+            assert logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+            seen.append(index)
+    assert seen == (["0"] if results.num_ranks == 1 else ["0", "1", "2", "3"])
+
+
+# ---------------------------------------------------------------- weights that leave
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_full_parameters_gives_each_weight_once_in_buckets(results: Results, single: Results, tie: bool):
+    numbers = results.numbers(f"published_{tie}")
+    names = [name for bucket in numbers["buckets"] for name, _ in bucket]
+    assert names == [name for name, _ in language_model(tie=tie).named_parameters()]
+    assert ("hf.lm_head.weight" in names) == (not tie)
+    for bucket in numbers["buckets"]:
+        assert len(bucket) == 1 or sum(numel for _, numel in bucket) * 4 <= BUCKET_BYTES
+    assert 1 < numbers["total"] == len(numbers["buckets"]) < len(names)
+    start = language_model(tie=tie)
+    name = f"published_{tie}"
+    assert_close(moved(single.weights(name), start), moved(results.weights(name), start), 1e-5)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_what_was_published_is_what_the_engine_holds(results: Results, tie: bool):
+    """Packed bucket by bucket and taken after the last one: nothing may point into memory that was freed meanwhile."""
+    received, held = results.weights(f"received_{tie}"), results.weights(f"published_{tie}")
+    assert received.keys() == held.keys()
+    for name, value in held.items():
+        assert torch.equal(value, received[name]), name
+
+
+def test_only_rank_0_receives(two_ranks: Path, results: Results):
+    for rank in range(1, results.num_ranks):
+        numbers = results.numbers("published_True", rank)
+        assert numbers["buckets"] == [] and numbers["total"] > 1
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_an_export_loads_in_transformers_and_says_the_same(results: Results, tie: bool):
+    folder = results.folder / f"hf_{tie}"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = torch.tensor(results.numbers(f"said_{tie}"))
+    said = model.generate(expected[:, :3], max_new_tokens=NUM_SAID, do_sample=False, eos_token_id=[], pad_token_id=0)
+    assert torch.equal(said, expected)
+    assert len(set(expected[:, 3:].flatten().tolist())) > 2  # not one token for ever, which would prove little
+    for name, value in results.weights(f"published_{tie}").items():
+        assert torch.equal(model.get_parameter(name.removeprefix("hf.")), value), name
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer().get_vocab()
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(results: Results):
+    for rank in range(results.num_ranks):
+        kind, message = results.numbers("failing", rank)["nan"]
+        assert kind == "NumericsError" and "loss is nan" in message
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_on_every_rank(two_ranks: Path):
+    for stage in (1, 2, 3):
+        results = Results(two_ranks / f"zero{stage}x2")
+        for rank in range(2):
+            kind, message = results.numbers("failing", rank)["foreign_checkpoint"]
+            assert kind == "CheckpointError" and "written by 1 ranks, the run now has 2" in message

@@ -1,0 +1,65 @@
+"""What is DeepSpeed's own: its JSON, checkpoints of another size, and that stage 3 really shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmscale.config import check
+from llmscale.engine.config import OWNED, DeepSpeedConfig, Precision
+from llmscale.errors import CheckpointError, ConfigError
+from llmscale.optim.config import OptimConfig
+from tests.engine.conftest import ZERO_STAGES, Results, zero_config
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_a_checkpoint_of_more_ranks_is_refused(two_ranks: Path, stage: int):
+    from tests.engine.scenarios import Bench
+
+    engine = Bench(zero_config(stage), two_ranks / "refused").engine()
+    checkpoint = two_ranks / f"zero{stage}x2" / "checkpoint"
+    with pytest.raises(CheckpointError, match="written by 2 ranks, the run now has 1") as caught:
+        engine.load(checkpoint)
+    assert caught.value.where == str(checkpoint) and caught.value.fix == "Resume with 2 ranks."
+    assert engine.num_steps == 0
+
+
+def test_stage_3_shards_the_weights(two_ranks: Path):
+    for rank in range(2):
+        held = Results(two_ranks / "zero3x2").numbers("sharding", rank)
+        assert held["own"] == pytest.approx(held["total"] / 2, rel=0.01)
+
+
+def test_the_reference_engine_refuses_several_ranks(two_ranks: Path):
+    for rank in range(2):
+        told = Results(two_ranks / "zero3x2").numbers("single", rank)
+        assert "engine=single" in told and "Use engine=deepspeed" in told
+
+
+def test_overrides_are_merged_under_what_is_typed():
+    from llmscale.engine.deepspeed import deepspeed_json
+
+    overrides = {"zero_optimization": {"reduce_bucket_size": 123}, "wall_clock_breakdown": True}
+    config = DeepSpeedConfig(zero_stage=1, overrides=overrides, precision=Precision.bf16)
+    merged = deepspeed_json(config, OptimConfig(grad_clip=0.7), world_size=4)
+    assert merged["zero_optimization"] == {"reduce_bucket_size": 123, "stage": 1}
+    assert merged["wall_clock_breakdown"] is True and merged["bf16"] == {"enabled": True}
+    assert merged["gradient_clipping"] == 0.7 and merged["train_batch_size"] == 4
+    assert overrides == {"zero_optimization": {"reduce_bucket_size": 123}, "wall_clock_breakdown": True}
+
+
+@pytest.mark.parametrize("path", OWNED)
+def test_an_override_of_a_typed_value_is_refused(path: str):
+    node: object = 1
+    for key in reversed(path.split(".")):
+        node = {key: node}
+    with pytest.raises(ConfigError, match="belongs to the typed config") as caught:
+        check(DeepSpeedConfig(overrides=node))
+    assert caught.value.where == f"overrides.{path}" and OWNED[path] in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("stage", [0, 4])
+def test_other_stages_are_refused(stage: int):
+    with pytest.raises(ConfigError, match="must be 1, 2 or 3"):
+        check(DeepSpeedConfig(zero_stage=stage))

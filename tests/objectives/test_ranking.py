@@ -1,0 +1,193 @@
+"""Ranking losses against loops written from the papers, in float64, and through a real scalar model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmscale.batch import Batch, RankedExample
+from llmscale.engine.accounting import StepTotals
+from llmscale.objectives.config import RankingConfig, RankingKind
+from llmscale.objectives.ranking import Ranking, ranking_loss, untied_pairs
+from tests.tiny import VOCAB_SIZE, scalar_model
+
+KINDS = [kind.name for kind in RankingKind]
+RANKINGS = [[1, 2], [2, 1], [1, 2, 3, 4], [3, 1, 4, 2], [1, 1, 2], [2, 1, 2, 3], [1, 3, 3, 3, 2, 1]]
+TIED = [[1], [1, 1], [2, 2, 2]]
+
+
+def pairs(scores: list[float], ranks: list[int]) -> float:
+    """Ouyang et al. 2022, eq. 1: the mean over pairs of -log sigmoid(r_w - r_l)."""
+    losses = []
+    for w, winner in enumerate(ranks):
+        for x, loser in enumerate(ranks):
+            if winner < loser:
+                losses.append(-math.log(1 / (1 + math.exp(-(scores[w] - scores[x])))))
+    return sum(losses) / len(losses)
+
+
+def plackett_luce(scores: list[float], ranks: list[int]) -> float:
+    """Plackett 1975: choose the best, then the best of the rest, and so on; the last rank leaves no choice."""
+    loss = 0.0
+    for i, rank in enumerate(ranks):
+        if rank < max(ranks):
+            rest = [math.exp(scores[j]) for j, other in enumerate(ranks) if other >= rank]
+            loss -= math.log(math.exp(scores[i]) / sum(rest))
+    return loss
+
+
+LOOPS = {"pairs": pairs, "plackett_luce": plackett_luce}
+
+
+def scores_of(ranks: list[int]) -> Tensor:
+    torch.manual_seed(len(ranks))
+    return torch.randn(len(ranks), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", RANKINGS)
+def test_equals_the_paper(kind: str, ranks: list[int]):
+    scores = scores_of(ranks)
+    loss = ranking_loss(scores, torch.tensor(ranks), kind)
+    assert loss.item() == pytest.approx(LOOPS[kind](scores.tolist(), ranks), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_completions_give_the_log_sigmoid_of_their_difference(kind: str):
+    for ranks, sign in (([1, 2], 1), ([2, 1], -1)):
+        scores = scores_of(ranks)
+        expected = -torch.nn.functional.logsigmoid(sign * (scores[0] - scores[1]))
+        assert ranking_loss(scores, torch.tensor(ranks), kind).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", TIED)
+def test_all_tied_is_exactly_zero_with_zero_gradient(kind: str, ranks: list[int]):
+    scores = scores_of(ranks).requires_grad_()
+    loss = ranking_loss(scores, torch.tensor(ranks), kind)
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.tolist() == [0.0] * len(ranks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ties_are_not_pushed_apart(kind: str):
+    scores = torch.tensor([0.3, 0.3, -0.2, 0.3], dtype=torch.float64, requires_grad=True)
+    ranking_loss(scores, torch.tensor([1, 1, 2, 3]), kind).backward()
+    assert scores.grad[0] == scores.grad[1] < 0 < scores.grad[3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permutations_and_shifts_change_nothing(kind: str):
+    ranks = [2, 1, 3, 2]
+    scores = scores_of(ranks)
+    loss = ranking_loss(scores, torch.tensor(ranks), kind).item()
+    for order in permutations(range(4)):
+        moved = ranking_loss(scores[list(order)], torch.tensor(ranks)[list(order)], kind)
+        assert moved.item() == pytest.approx(loss, abs=1e-9)
+    assert ranking_loss(scores + 100, torch.tensor(ranks), kind).item() == pytest.approx(loss, abs=1e-9)
+    assert ranking_loss(scores, 10 * torch.tensor(ranks), kind).item() == loss  # ranks are an order, not a distance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_scores_do_not_overflow(kind: str):
+    scores = torch.tensor([-1e4, 1e4], requires_grad=True)
+    loss = ranking_loss(scores, torch.tensor([1, 2]), kind)
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4) and scores.grad.tolist() == [-1, 1]
+
+
+def test_untied_pairs():
+    assert set(zip(*untied_pairs([2, 1, 2, 3]), strict=True)) == {(1, 0), (1, 2), (0, 3), (1, 3), (2, 3)}
+    assert untied_pairs([1, 1]) == ([], [])
+
+
+# ---------------------------------------------------------------- through a model
+
+
+def ranked(all_ranks: Sequence[Sequence[int]], seed: int = 0) -> list[RankedExample]:
+    rng = np.random.default_rng(seed)
+    return [
+        RankedExample(tuple(rng.integers(0, VOCAB_SIZE, rng.integers(2, 12)) for _ in ranks), tuple(ranks))
+        for ranks in all_ranks
+    ]
+
+
+def objective(kind: str) -> Ranking:
+    return Ranking(RankingConfig(kind=RankingKind[kind]))
+
+
+def step(model: nn.Module, kind: str, batches: Sequence[Batch]) -> tuple[dict[str, float], Tensor]:
+    model.zero_grad()
+    totals = StepTotals(batches)
+    for batch in batches:
+        totals.add(objective(kind).loss(lambda b: model(b["input_ids"], b["position_ids"]), batch)).backward()
+    return totals.metrics(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def scores_alone(model: nn.Module, example: RankedExample) -> list[float]:
+    rows = [torch.from_numpy(s)[None] for s in example.sequences]
+    return [model(row, torch.arange(row.shape[1])[None])[0, -1].item() for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_over_rankings_that_are_not_all_tied(kind: str):
+    model, examples = scalar_model(), ranked([*RANKINGS, *TIED])
+    metrics, _ = step(model, kind, [objective(kind).prepare(examples)])
+    scores = [scores_alone(model, e) for e in examples]
+    losses = [LOOPS[kind](s, list(e.ranks)) for s, e in zip(scores, examples, strict=True) if len(set(e.ranks)) > 1]
+    margins = [
+        s[i] - s[j]
+        for s, e in zip(scores, examples, strict=True)
+        for i, a in enumerate(e.ranks)
+        for j, b in enumerate(e.ranks)
+        if a < b
+    ]
+    flat = [x for s in scores for x in s]
+    assert len(losses) == len(RANKINGS)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
+    assert metrics["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert metrics["score"] == pytest.approx(np.mean(flat), abs=1e-5)
+    assert metrics["score_squared"] == pytest.approx(np.mean(np.square(flat)), abs=1e-5)
+    assert metrics["num_tokens"] == sum(len(s) for e in examples for s in e.sequences)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 4], [7, 0]])
+def test_the_split_into_micro_batches_changes_nothing(kind: str, sizes: list[int]):
+    model, examples = scalar_model(), ranked(RANKINGS)
+    starts = np.cumsum([0, *sizes])
+    parts = [examples[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    whole, gradient = step(model, kind, [objective(kind).prepare(examples)])
+    split, same = step(model, kind, [objective(kind).prepare(part) for part in parts])
+    assert split == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("all_ranks", [[], TIED])
+def test_nothing_to_learn_from_gives_no_loss_and_a_backward_that_works(kind: str, all_ranks: list[list[int]]):
+    metrics, gradient = step(scalar_model(), kind, [objective(kind).prepare(ranked(all_ranks))])
+    assert metrics["loss"] == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_behind_a_rows_last_token_changes_nothing(kind: str):
+    batch = objective(kind).prepare(ranked(RANKINGS))
+    torch.manual_seed(0)
+    clean = torch.randn(batch["input_ids"].shape)
+    last = torch.arange(clean.shape[1])[None] == batch["lengths"][:, None] - 1
+    dirty = torch.where(last, clean, float("nan"))
+    results = []
+    for output in (clean.requires_grad_(), dirty.requires_grad_()):
+        sums = objective(kind).loss(lambda _, output=output: output, batch)
+        sums.terms["rankings"].backward()
+        results.append((sums.terms["rankings"].item(), output.grad))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert not results[0][1][~last].any()

@@ -1,0 +1,80 @@
+"""Rewards of a learned model: its own number at the last token, standardised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmscale.batch import Trajectory
+from llmscale.data.tokenizer import train_tokenizer
+from llmscale.errors import ModelError
+from llmscale.models.loading import ScalarModel, save_hf
+from llmscale.rewards.config import LearnedConfig
+from llmscale.rewards.learned import BATCH_SIZE, LearnedReward
+from tests.tiny import language_model, scalar_model, tokenizer, trajectory
+
+MEAN, STD = 0.25, 0.5
+
+
+@pytest.fixture(scope="module")
+def model() -> ScalarModel:
+    made = scalar_model()
+    made.hf.config.score_mean, made.hf.config.score_std = MEAN, STD
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(model: ScalarModel, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("reward")
+    save_hf(model, tokenizer(), path, dict(model.named_parameters()))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Trajectory]:
+    """More than one forward's worth, of lengths 2 to 20."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 21, BATCH_SIZE + 5)
+    return [trajectory(rng.integers(0, 64, n).tolist(), [0] + [1] * (n - 1), draw_id=i) for i, n in enumerate(lengths)]
+
+
+def own_score(model: ScalarModel, sample: Trajectory) -> float:
+    ids = torch.from_numpy(sample.token_ids)[None]
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1])[None])[0, -1].item()
+
+
+def test_is_the_models_own_number_at_the_last_token(model, folder, samples):
+    rewards = LearnedReward(LearnedConfig(path=folder, standardize=False), tokenizer())(samples)
+    assert rewards == pytest.approx([own_score(model, s) for s in samples], abs=1e-5)
+    assert np.std(rewards) > 0.1  # else this could not fail
+
+
+def test_standardised_by_what_the_model_was_saved_with(folder, samples):
+    plain = LearnedReward(LearnedConfig(path=folder, standardize=False), tokenizer())(samples)
+    rewards = LearnedReward(LearnedConfig(path=folder), tokenizer())(samples)
+    assert rewards == pytest.approx([(x - MEAN) / STD for x in plain], abs=1e-6)
+
+
+def test_a_model_saved_without_them_is_taken_as_it_is(samples, tmp_path: Path):
+    model = scalar_model(seed=3)
+    save_hf(model, tokenizer(), tmp_path, dict(model.named_parameters()))
+    rewards = LearnedReward(LearnedConfig(path=str(tmp_path)), tokenizer())(samples[:3])
+    assert rewards == pytest.approx([own_score(model, s) for s in samples[:3]], abs=1e-5)
+
+
+def test_a_language_model_is_refused(tmp_path: Path):
+    model = language_model()
+    save_hf(model, tokenizer(), tmp_path, dict(model.named_parameters()))
+    with pytest.raises(ModelError, match="not a reward model") as caught:
+        LearnedReward(LearnedConfig(path=str(tmp_path)), tokenizer())
+    assert caught.value.where == "reward.path"
+
+
+def test_other_tokens_than_the_policys_are_refused(folder):
+    other = train_tokenizer(iter(["the cat the cat"]), vocab_size=300, model_max_length=64)
+    with pytest.raises(ModelError, match="tokens are not the policy's"):
+        LearnedReward(LearnedConfig(path=folder), other)
