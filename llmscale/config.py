@@ -458,7 +458,8 @@ def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> Config
         where = f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
         return ConfigError(f"this is not YAML: {error.problem}", where=where, fix="Mend the file.")
     beneath = error.__cause__ or error.__context__
-    cause = beneath if isinstance(beneath, OmegaConfBaseException) else error
+    is_wrapped = not isinstance(error, OmegaConfBaseException) and isinstance(beneath, OmegaConfBaseException)
+    cause: Any = beneath if is_wrapped else error
     message = str(cause).split("\n")[0]
     hints = dict(_paths(_OPTIONS[STAGE, stage].config, ""))
     given = {path.lstrip("+~"): value for path, _, value in (o.partition("=") for o in overrides)}

@@ -44,4 +44,3 @@ def test_one_can_be_caught_as_all():
     for error in (UsageError("a"), ClusterError("b"), NumericsError("c")):
         with pytest.raises(LlmscaleError):
             raise error
-

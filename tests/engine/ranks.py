@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     distributed.join(timeout_s=60)
     for stage in ZERO_STAGES:
         own = folder / f"zero{stage}x2"
-        scenarios.run_all(zero_config(stage), own, foreign_checkpoint=folder / f"zero{stage}" / "checkpoint")
+        scenarios.run_all(zero_config(stage), own, foreign_checkpoint=folder / f"zero{stage}" / "checkpoint_fp32")
     sharding(zero_config(3), folder / "zero3x2")
     refused_engine(folder / "zero3x2")
     distributed.leave()

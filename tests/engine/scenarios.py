@@ -105,31 +105,40 @@ def one_step(bench: Bench) -> None:
     for name, split in SPLITS.items():
         engine = bench.engine()
         bench.keep(name, engine.step(language_batches(split, token_examples(LENGTHS)), LANGUAGE), engine)
-    engine = bench.engine(activation_checkpointing=True)
     batches = language_batches(SPLITS["threes"], token_examples(LENGTHS))
-    bench.keep("recomputed", engine.step(batches, LANGUAGE), engine)
+    variants = {
+        "recomputed": bench.engine(activation_checkpointing=True),
+        "unclipped": bench.engine(optim=replace(PROBE, grad_clip=0.0)),
+    }
+    for name, engine in variants.items():
+        bench.keep(name, engine.step(batches, LANGUAGE), engine)
 
 
 def training(bench: Bench) -> None:
-    """Twenty steps; then again from a checkpoint of step 8, by an engine that was built with other weights."""
+    """Twenty steps in fp32 and eight in bf16; then again from a checkpoint, by an engine that was built with other weights."""
+    train_and_resume(bench, "fp32", TRAIN, NUM_STEPS, SAVED_AT)
+    train_and_resume(bench, "bf16", replace(TRAIN, lr=1e-2), 8, 4)
 
+
+def train_and_resume(bench: Bench, precision: str, optim: OptimConfig, num_steps: int, saved_at: int) -> None:
     def batches(step: int) -> list[Batch]:
-        return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step))
+        return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step % 4))
 
-    checkpoint = bench.folder / "checkpoint"
+    settings = {"optim": optim, "precision": Precision[precision]}
+    checkpoint = bench.folder / f"checkpoint_{precision}"
     checkpoint.mkdir(exist_ok=True)
-    engine, metrics = bench.engine(optim=TRAIN), []
-    for step in range(NUM_STEPS):
+    engine, metrics = bench.engine(**settings), []
+    for step in range(num_steps):
         metrics.append(engine.step(batches(step), LANGUAGE))
-        if engine.num_steps == SAVED_AT:
+        if engine.num_steps == saved_at:
             engine.save(checkpoint)
-    bench.keep("training", metrics, engine)
+    bench.keep(precision, metrics, engine)
     distributed.barrier()
-    resumed = bench.engine(language_model(seed=9), TRAIN)
+    resumed = bench.engine(language_model(seed=9), **settings)
     resumed.load(checkpoint)
     start = resumed.num_steps
-    again = [resumed.step(batches(step), LANGUAGE) for step in range(start, NUM_STEPS)]
-    bench.keep("resumed", {"start": start, "metrics": again}, resumed)
+    again = [resumed.step(batches(step), LANGUAGE) for step in range(start, num_steps)]
+    bench.keep(f"{precision}_resumed", {"start": start, "metrics": again}, resumed)
 
 
 def looking(bench: Bench) -> None:
@@ -192,12 +201,6 @@ def publish(bench: Bench, engine: TrainEngine, tie: bool) -> None:
     bench.keep(f"published_{tie}", {"buckets": sizes, "total": total}, engine)
 
 
-def reduced_precision(bench: Bench) -> None:
-    engine = bench.engine(optim=replace(TRAIN, lr=1e-2), precision=Precision.bf16)
-    batches = language_batches(SPLITS["whole"], token_examples(LENGTHS))
-    bench.keep("bf16", [engine.step(batches, LANGUAGE)["loss"] for _ in range(8)])
-
-
 class Broken(CausalLM):
     """Its loss is not a number on the last rank."""
 
@@ -225,6 +228,6 @@ def failing(bench: Bench, foreign_checkpoint: Path | None) -> None:
 
 def run_all(config: EngineConfig, folder: Path, foreign_checkpoint: Path | None = None) -> None:
     bench = Bench(config, folder)
-    for scenario in (one_step, training, looking, two_at_once, leaving, reduced_precision):
+    for scenario in (one_step, training, looking, two_at_once, leaving):
         scenario(bench)
     failing(bench, foreign_checkpoint)

@@ -15,7 +15,7 @@ from tests.engine.conftest import Results
 from tests.engine.scenarios import BUCKET_BYTES, LENGTHS, NUM_SAID, NUM_STEPS, PROBE, SAVED_AT, SPLITS
 from tests.tiny import language_model, scalar_model, token_examples, tokenizer
 
-VARIANTS = [*SPLITS, "recomputed"]
+VARIANTS = [*SPLITS, "recomputed", "unclipped"]
 
 
 def flat(weights: dict[str, Tensor]) -> Tensor:
@@ -78,7 +78,7 @@ def test_two_engines_in_one_process_do_not_mix(results: Results, single: Results
 
 
 def test_twenty_steps_equal_the_references(results: Results, single: Results):
-    expected, metrics = single.numbers("training"), results.numbers("training")
+    expected, metrics = single.numbers("fp32"), results.numbers("fp32")
     assert len(metrics) == NUM_STEPS
     for one, other in zip(expected, metrics, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
@@ -88,19 +88,20 @@ def test_twenty_steps_equal_the_references(results: Results, single: Results):
     assert max(m["grad_norm"] for m in metrics) > 0.5  # and clipping had something to do
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(results: Results):
+@pytest.mark.parametrize(("precision", "saved_at"), [("fp32", SAVED_AT), ("bf16", 4)])
+def test_interrupted_and_resumed_equals_uninterrupted(results: Results, precision: str, saved_at: int):
     """Bit for bit, by an engine that was built with other weights."""
-    resumed = results.numbers("resumed")
-    assert resumed["start"] == SAVED_AT
-    assert resumed["metrics"] == results.numbers("training")[SAVED_AT:]
-    for name, value in results.weights("training").items():
-        assert torch.equal(value, results.weights("resumed")[name]), name
+    resumed = results.numbers(f"{precision}_resumed")
+    assert resumed["start"] == saved_at
+    assert resumed["metrics"] == results.numbers(precision)[saved_at:]
+    for name, value in results.weights(precision).items():
+        assert torch.equal(value, results.weights(f"{precision}_resumed")[name]), name
 
 
 def test_bf16_learns(results: Results, single: Results):
-    losses = results.numbers("bf16")
-    assert losses[-1] < losses[0] - 0.5
-    assert losses[0] == pytest.approx(single.numbers("bf16")[0], abs=0.05)
+    losses, expected = ([m["loss"] for m in r.numbers("bf16")] for r in (results, single))
+    assert losses[4] < losses[0] - 0.2 and losses[-1] < losses[3]  # the same four batches come round
+    assert losses[0] == pytest.approx(expected[0], abs=0.05)
 
 
 # ---------------------------------------------------------------- looking

@@ -18,7 +18,7 @@ def test_a_checkpoint_of_more_ranks_is_refused(two_ranks: Path, stage: int):
     from tests.engine.scenarios import Bench
 
     engine = Bench(zero_config(stage), two_ranks / "refused").engine()
-    checkpoint = two_ranks / f"zero{stage}x2" / "checkpoint"
+    checkpoint = two_ranks / f"zero{stage}x2" / "checkpoint_fp32"
     with pytest.raises(CheckpointError, match="written by 2 ranks, the run now has 1") as caught:
         engine.load(checkpoint)
     assert caught.value.where == str(checkpoint) and caught.value.fix == "Resume with 2 ranks."
