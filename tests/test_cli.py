@@ -102,7 +102,7 @@ def test_cfg_of_a_pipeline_prints_each_stage(llmscale):
     assert code == 0
     sft, rlhf = [yaml.safe_load(part) for part in out.split("# rlhf\n")]
     assert (sft["stage"], sft["optim"]["lr"]) == ("sft", 0.5)
-    assert (rlhf["stage"], rlhf["optim"]["lr"]) == ("rlhf", 3e-4)
+    assert (rlhf["stage"], rlhf["optim"]["lr"]) == ("rlhf", compose("rlhf", ["experiment=demo"]).optim.lr)
 
 
 def test_printing_writes_nothing(llmscale, tmp_path: Path):
@@ -223,12 +223,10 @@ def test_secrets_of_the_environment_stay_there(llmscale, monkeypatch: pytest.Mon
 
 
 def test_an_interrupt_has_its_own_exit_code(llmscale, monkeypatch: pytest.MonkeyPatch):
-    import llmscale.cli
-
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llmscale.cli, "compose", interrupted)
+    monkeypatch.setattr("llmscale.cli.compose", interrupted)
     code, _, err = llmscale("pretrain", "data.train=x")
     assert code == 130
     assert "resumes" in err

@@ -181,6 +181,8 @@ class RayPool:
 def open_ray_pools(cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: str) -> dict[str, RayPool]:
     """Connect to Ray or start it here, reserve a placement group for each role, and build every role at the same time."""
     configs: dict[str, PoolConfig] = {name: getattr(cluster, name) for name in roles}
+    listed = ", ".join(f"{config.num_workers} {name}" for name, config in configs.items())
+    print(f"starting Ray and its workers: {listed}", file=sys.stderr, flush=True)
     _connect(cluster, configs)
     _check_resources(configs)
     deadline = time.monotonic() + cluster.start_timeout_s

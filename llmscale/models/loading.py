@@ -83,6 +83,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(resolve(path, "tokenizer_config.json"))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer: {_first_line(error)}", where=path) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelError("this tokenizer has no fast version", where=path, fix="Convert it to tokenizer.json.")
     if tokenizer.eos_token_id is None:
         raise ModelError("this tokenizer has no end-of-sequence token", where=path)
     if tokenizer.pad_token_id is None:
@@ -124,7 +126,7 @@ def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0) -> ScalarM
     Stiennon et al. 2020, drawn from `seed`; a reward model keeps its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hf = _from_pretrained(AutoModelForSequenceClassification, path, dropout, num_labels=1)
+        hf: Any = _from_pretrained(AutoModelForSequenceClassification, path, dropout, num_labels=1)
         if not has_scalar_head(path):
             nn.init.normal_(hf.score.weight, std=(hf.config.hidden_size + 1) ** -0.5)
     return ScalarModel(hf)

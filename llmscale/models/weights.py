@@ -18,7 +18,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in weights.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+        digest.update(_bits(value.detach().cpu()).contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -68,7 +68,3 @@ def _restore(array: np.ndarray, dtype: str) -> Tensor:
 
 def _bits(value: Tensor) -> Tensor:
     return value.view(torch.uint16) if value.dtype is torch.bfloat16 else value
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return memoryview(np.ascontiguousarray(_bits(value.detach().cpu()).numpy()).reshape(-1).view(np.uint8))

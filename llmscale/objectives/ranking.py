@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,11 @@ class Ranking:
         self.config = config
 
     def prepare(self, examples: Sequence[RankedExample]) -> Batch:
-        rows, ranks, group, winners, losers = [], [], [], [], []
+        rows: list[np.ndarray] = []
+        ranks: list[int] = []
+        group: list[int] = []
+        winners: list[int] = []
+        losers: list[int] = []
         for index, example in enumerate(examples):
             better, worse = untied_pairs(example.ranks)
             winners += [len(rows) + i for i in better]

@@ -171,6 +171,7 @@ class Rlhf:
         try:
             for broken in skipped:
                 tracker.event("checkpoint_skipped", **broken)
+            tracker.event("plan", **plan(config))
             with self.pools_open():
                 if checkpoint is not None:
                     self.restore(checkpoint.path)
@@ -272,6 +273,22 @@ def run(config: RlhfConfig) -> dict[str, Any]:
             finished = Rlhf(config, directory).train()
             directory.finish(finished)
         return finished
+
+
+def plan(config: RlhfConfig) -> dict[str, Any]:
+    """The batch arithmetic, so that nobody has to guess."""
+    prompts, group = config.training.prompts_per_step, config.rollout.group_size
+    minibatches_per_epoch = -(-prompts * group // config.algorithm.global_batch_size)
+    return {
+        "prompts": prompts,
+        "group_size": group,
+        "sequences": prompts * group,
+        "minibatches": minibatches_per_epoch,
+        "epochs": config.algorithm.num_epochs,
+        "optimizer_steps": config.training.num_steps * config.algorithm.num_epochs * minibatches_per_epoch,
+        "micro_batch_size": config.engine.micro_batch_size,
+        "workers": {name: getattr(config.cluster, name).num_workers for name in ROLES},
+    }
 
 
 def _means(prefix: str, steps: Sequence[Metrics]) -> Metrics:

@@ -55,9 +55,10 @@ class SupervisedRun:
             config.training.num_epochs * len(self.split.train) / config.training.global_batch_size
         )
         self.objective = build(config.objective)
-        self.engine = build(config.engine, new_model(config, self.tokenizer), config.optim, self.num_steps)
+        model = new_model(config, self.tokenizer)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.engine = build(config.engine, model, config.optim, self.num_steps)
         self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
-        self.last_eval: Metrics = {}
 
     def train(self) -> dict[str, Any]:
         """Resume or start, train to the end, export; returns the result (its metrics on rank 0)."""
@@ -75,6 +76,7 @@ class SupervisedRun:
             for broken in skipped:
                 self.tracker.event("checkpoint_skipped", **broken)
             self.tracker.event("data", **{name: count for name, count in self.split.report.items() if count})
+            self.tracker.event("plan", **self.plan())
             self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
             train(self.engine, self.objective, self.batches, self.num_steps, hooks)
             self.export()
@@ -95,6 +97,21 @@ class SupervisedRun:
             "metrics": metrics,
         }
 
+    def plan(self) -> dict[str, Any]:
+        """The batch arithmetic, so that nobody has to guess."""
+        examples, ranks = self.config.training.global_batch_size, self.world.size
+        own = math.ceil(examples / ranks)
+        return {
+            "examples": len(self.split.train),
+            "examples_per_step": examples,
+            "ranks": ranks,
+            "micro_batches_per_rank": math.ceil(own / self.config.engine.micro_batch_size),
+            "micro_batch_size": self.config.engine.micro_batch_size,
+            "optimizer_steps": self.num_steps,
+            "epochs": round(self.num_steps * examples / len(self.split.train), 2),
+            "parameters": self.num_parameters,
+        }
+
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: a function of (seed, step, rank), as is the randomness of dropout."""
         torch.manual_seed(hash((self.config.run.seed, step, self.world.rank)))
@@ -109,8 +126,7 @@ class SupervisedRun:
         if self.split.validation:
             own = self.prepare(shard(self.split.validation, self.world.rank, self.world.size))
             means = self.engine.evaluate(own, self.objective)
-            self.last_eval = {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
-            metrics |= self.last_eval
+            metrics |= {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
 
     def save(self, step: int) -> None:
         started = time.perf_counter()

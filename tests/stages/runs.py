@@ -107,5 +107,5 @@ def _run(argv: list[str], log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest had its own
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w") for fd in (1, 2))  # pytest had its own
     main(argv)

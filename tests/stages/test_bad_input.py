@@ -1,5 +1,5 @@
-"""A user who gets everything wrong: each mistake ends in one error that says where and what to do, with the exit code of
-its kind, no traceback, and nothing in the run directory that looks finished.
+"""A user who gets everything wrong: each mistake ends in one error that says where and what to do, with the exit code
+of its kind, no traceback, and nothing in the run directory that looks finished.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def mistake(argv: list[str], *hints: str) -> object:
         mistake([*PRETRAIN, "data.train=empty.jsonl"], "data.train=empty.jsonl: ", "no record"),
         mistake([*PRETRAIN, "data.train=malformed.jsonl"], "malformed.jsonl:2: ", "not JSON"),
         mistake([*PRETRAIN, "data.train=column.jsonl"], "column.jsonl:1: ", "data.columns.text=NAME", "body"),
-        mistake([*PRETRAIN, "data.train=task:sorting/nope"], "task:sorting/nope: ", "task:sorting/pretrain"),
+        mistake([*PRETRAIN, "data.train=task:sorting/nope"], "data.train=task:sorting/nope: ", "task:sorting/pretrain"),
         mistake([*SFT, "data.train=half.jsonl"], "half.jsonl:2: ", "prompt+completion"),
         mistake([*SFT, "data.max_seq_len=3"], "data.train=sft.jsonl: ", "data.max_seq_len"),
         mistake([*REWARD, "data.train=one.jsonl"], "one.jsonl:2: ", "2 to 9 completions"),
@@ -176,7 +176,7 @@ def test_a_mistake_is_one_error_and_leaves_nothing(llmscale: Answer, ground: Pat
     [
         ("boom", ["rewards.py:boom", "KeyError", "no such key"]),
         ("text", ["rewards.py:text", "ValueError", "very good"]),
-        ("nan", ["draw 0", "is nan"]),
+        ("nan", ["draw 1, sample 0", "is nan"]),
     ],
 )
 def test_a_reward_that_is_none_stops_the_run(llmscale: Answer, ground: Path, function: str, hints: list[str]):
