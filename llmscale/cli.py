@@ -16,22 +16,8 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any, NoReturn, cast
 
-from llmscale.config import (
-    EXPERIMENT,
-    STAGE,
-    choices,
-    comments,
-    compose,
-    compose_unchecked,
-    defaults,
-    groups,
-    import_plugins,
-    leaves,
-    nearest,
-    options,
-    to_dict,
-    to_yaml,
-)
+from llmscale.compose import EXPERIMENT, choices, comments, compose, compose_unchecked, defaults, nearest
+from llmscale.config import STAGE, groups, import_plugins, leaves, options, to_dict, to_yaml
 from llmscale.errors import LlmscaleError, UsageError
 from llmscale.stages.config import RunConfig  # importing it registers every option
 

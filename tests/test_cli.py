@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from llmscale.cli import SUMMARY, main
-from llmscale.config import STAGE, compose, from_dict, options
+from llmscale.compose import compose
+from llmscale.config import STAGE, from_dict, options
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,22 +16,8 @@ import llmscale.data.config
 import llmscale.data.tokenizer
 import llmscale.models.config
 import llmscale.stages.config
-from llmscale.config import (
-    STAGE,
-    build,
-    choices,
-    comments,
-    compose,
-    difference,
-    from_dict,
-    known_paths,
-    load,
-    nearest,
-    option,
-    options,
-    to_dict,
-    to_yaml,
-)
+from llmscale.compose import choices, comments, compose, known_paths, nearest
+from llmscale.config import STAGE, build, difference, from_dict, load, option, options, to_dict, to_yaml
 from llmscale.engine.config import OWNED, DeepSpeedConfig, Precision
 from llmscale.errors import ConfigError
 from llmscale.rewards.config import AnswerConfig, LearnedConfig

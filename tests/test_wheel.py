@@ -21,7 +21,7 @@ COMPOSE = """
 import sys
 from pathlib import Path
 import llmscale.conf, llmscale.stages.config
-from llmscale import config
+from llmscale import compose, config
 from llmscale.errors import ConfigError
 
 assert all(Path(m.__file__).is_relative_to(sys.argv[1]) for m in (config, llmscale.conf)), config.__file__
@@ -29,7 +29,7 @@ for stage, *overrides in [[s] for s in config.options("stage")] + [a.split("+") 
     named = {}
     while True:
         try:
-            config.compose(stage, [*overrides, *(f"{path}=anywhere" for path in named)])
+            compose.compose(stage, [*overrides, *(f"{path}=anywhere" for path in named)])
             break
         except ConfigError as error:
             if not error.where or error.where in named or (overrides and not error.where.endswith("path")):

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -158,12 +159,23 @@ def _claim(directory: Path, config: Any) -> None:
         changed = difference(old, new)
     except (yaml.YAMLError, AttributeError) as error:
         raise RunError(f"this is not a frozen config: {error}", where=str(frozen), fix=_ANOTHER_NAME) from error
-    if changed:
+    if changed and not _has_begun(directory):  # a first try that a typo stopped must not claim the name
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # it may be of other data
+        atomic_write_text(frozen, to_yaml(config))
+    elif changed:
         listed = "\n".join(f"    {line}" for line in changed[:10])
         more = f"\n    and {len(changed) - 10} more" if len(changed) > 10 else ""
         raise RunError(
             f"this run was started with another config:\n{listed}{more}", where=str(directory), fix=_ANOTHER_NAME
         )
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether there is anything that was trained or measured."""
+    metrics = directory / "metrics.jsonl"
+    return any((directory / name).exists() for name in ("checkpoints", "hf", "result.json")) or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
 
 
 _ANOTHER_NAME = "Give this run another run.name=..., or remove the directory."

@@ -98,7 +98,8 @@ def find_shape(record: Record, mapped: Collection[str], with_answer: bool) -> Sh
         if shape.question in record.fields and (not with_answer or not shape.answer or shape.answer in record.fields):
             return shape
     wanted = [f"{s.question}+{s.answer}" if with_answer and s.answer else s.question for s in SHAPES]
-    near = next((s.question for s in SHAPES if s.question in mapped), "prompt")
+    present = next((s.answer for s in SHAPES if s.answer and s.question in record.fields), None)
+    near = present or next((s.question for s in SHAPES if s.question in mapped), "prompt")
     what = f"no conversation in this record: it needs one of {', '.join(wanted)}"
     raise DataError(what, where=record.where, fix=columns_hint(near, record.fields))
 

@@ -82,8 +82,8 @@ def _pair(rng: random.Random, word: str) -> Record:
 def _ranking(rng: random.Random, word: str) -> Record:
     """Four attempts of different care, ranked by how far they are from the right answer; equal ones are tied."""
     answer = answer_of(word)
-    attempts = [demonstration(rng, word), answer]
-    attempts += [_spoiled(rng, rng.choice(attempts), rng.randint(1, 2)) for _ in range(2)]
+    attempts = [answer, demonstration(rng, word), answer_of(_misread(rng, word))]
+    attempts.append(_spoiled(rng, rng.choice(attempts)))
     rng.shuffle(attempts)
     distances = [edit_distance(a, answer) for a in attempts]
     order = sorted(set(distances))
@@ -109,19 +109,18 @@ def _swapped(rng: random.Random, text: str) -> str:
     return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
 
 
-def _spoiled(rng: random.Random, text: str, num_edits: int) -> str:
-    """Random slips: a swap, a letter lost, doubled or mistaken."""
-    for _ in range(num_edits):
+def _misread(rng: random.Random, word: str) -> str:
+    """One letter taken for another, half the time for one that the word has too."""
+    i = rng.randrange(len(word))
+    return word[:i] + rng.choice(rng.choice([LETTERS, word])) + word[i + 1 :]
+
+
+def _spoiled(rng: random.Random, text: str) -> str:
+    """One or two slips: a swap, a letter lost, doubled or mistaken."""
+    for _ in range(rng.randint(1, 2)):
         i = rng.randrange(len(text))
-        kind = rng.randrange(4)
-        if kind == 0:
-            text = _swapped(rng, text)
-        elif kind == 1:
-            text = _shortened(rng, text)
-        elif kind == 2:
-            text = text[:i] + text[i] + text[i:]
-        else:
-            text = text[:i] + rng.choice(LETTERS) + text[i + 1 :]
+        doubled = text[:i] + text[i] + text[i:]
+        text = rng.choice([_swapped(rng, text), _shortened(rng, text), doubled, _misread(rng, text)])
     return text
 
 

@@ -28,7 +28,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int
         what = (
             f"must be at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), is {vocab_size}"
         )
-        raise ConfigError(what, where="vocab_size", fix=f"{MIN_VOCAB_SIZE} gives a tokenizer of plain bytes.")
+        raise ConfigError(what, where="model.vocab_size", fix=f"{MIN_VOCAB_SIZE} gives a tokenizer of plain bytes.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -18,6 +18,8 @@ from llmscale.batch import Batch, token_tensors
 from llmscale.errors import NumericsError
 from llmscale.protocols import LossSums
 
+DIVERGED = "Lower it, or look at the data."
+
 
 def same_number_on_all_ranks(micro_batches: Sequence[Batch], empty: Callable[[], Batch]) -> list[Batch]:
     """Append empty micro-batches until every rank has as many as the busiest one, and at least one: collectives inside
@@ -62,7 +64,7 @@ class StepTotals:
         means["loss"] = sum(means[name] for name in terms)
         if not math.isfinite(means["loss"]):
             broken = next(name for name in terms if not math.isfinite(means[name]))
-            raise NumericsError(f"the loss is {means['loss']} ({broken})", fix="Lower optim.lr or look at the data.")
+            raise NumericsError(f"the loss is {means['loss']} ({broken})", where="optim.lr", fix=DIVERGED)
         if len(terms) == 1:
             del means[terms[0]]
         return means | {"num_tokens": self.counts["num_tokens"]}
@@ -74,7 +76,7 @@ class StepTotals:
 
 def check_grad_norm(value: float) -> float:
     if not math.isfinite(value):
-        raise NumericsError(f"the gradient norm is {value}", fix="Lower optim.lr or look at the data.")
+        raise NumericsError(f"the gradient norm is {value}", where="optim.lr", fix=DIVERGED)
     return value
 
 

@@ -15,7 +15,7 @@ from llmscale.protocols import Forward
 
 
 class FrozenEngine:
-    """`forward` of `llmscale.protocols.TrainEngine`, without optimizer state, in the precision of the engine beside it."""
+    """`forward` of `llmscale.protocols.TrainEngine` without optimizer state, in the precision of its neighbour."""
 
     def __init__(self, config: EngineConfig, model: Model):
         self.config, self.device = config, distributed.device()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -21,9 +22,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from llmscale.errors import ModelError
+from llmscale.errors import ModelError, NumericsError
 from llmscale.models.config import ModelConfig
 
 transformers_logging.disable_progress_bar()
@@ -82,7 +84,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(path, "tokenizer_config.json"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer: {_first_line(error)}", where=path) from error
+        fix = "Name a finished run, a Hugging Face folder or a hub name; offline, a local folder."
+        raise ModelError(f"cannot load a tokenizer: {_first_line(error)}", where=path, fix=fix) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError("this tokenizer has no fast version", where=path, fix="Convert it to tokenizer.json.")
     if tokenizer.eos_token_id is None:
@@ -107,17 +110,28 @@ def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, 
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if config.architecture not in CONFIG_MAPPING:
+        what = f"transformers has no model type {config.architecture!r}"
+        raise ModelError(what, where="model.architecture", fix="Try llama or qwen2.")
     try:
         hf_config = AutoConfig.for_model(config.architecture, **(sizes | config.overrides))
-    except ValueError as error:
-        raise ModelError(_first_line(error), where="model.architecture", fix="Try llama or qwen2.") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LanguageModel(AutoModelForCausalLM.from_config(_with_dropout(hf_config, config.dropout)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LanguageModel(AutoModelForCausalLM.from_config(_with_dropout(hf_config, config.dropout)))
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"no {config.architecture} model can be made of these sizes: {_first_line(error)}",
+            where="model",
+            fix="Look at the sizes and at model.overrides.",
+        ) from error
 
 
 def load_language_model(path: str, dropout: float = 0.0) -> LanguageModel:
     """A decoder in fp32 from a run directory, a Hugging Face folder or a hub name."""
+    if has_scalar_head(path):
+        raise ModelError(
+            "this is a reward model, not a language model", where=path, fix="Name a run of pretrain, sft or rlhf."
+        )
     return LanguageModel(_from_pretrained(AutoModelForCausalLM, path, dropout))
 
 
@@ -141,13 +155,28 @@ def has_scalar_head(path: str) -> bool:
 def save_hf(model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, weights: dict[str, Tensor]) -> None:
     """Write a folder that transformers, vLLM and PEFT load as it is. `weights` are named as in `model`, a tied one
     once."""
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise NumericsError(
+            f"the weight {broken[0]} is not finite", fix="Lower optim.lr; an earlier checkpoint may do."
+        )
     state = {name.removeprefix("hf."): value for name, value in weights.items()}
     model.hf.save_pretrained(directory, state_dict=state)
     tokenizer.save_pretrained(directory)
 
 
 def context_length(model: Model) -> int:
-    return int(model.hf.config.max_position_embeddings)
+    """Longest sequence in tokens; a model with relative positions only has no such limit."""
+    return _context_length(model.hf.config)
+
+
+def saved_context_length(path: str) -> int:
+    """The same, read from the config alone."""
+    return _context_length(_read_config(path))
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 62)
 
 
 def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) -> PreTrainedModel:

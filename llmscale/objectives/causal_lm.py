@@ -1,5 +1,5 @@
-"""Causal language modelling, L = -sum_t log p(x_t | x_<t) over target tokens (Radford et al. 2018), and SFT, which is the
-same sum over the assistant's tokens only. Normalised by the number of target tokens of the whole step.
+"""Causal language modelling, L = -sum_t log p(x_t | x_<t) over target tokens (Radford et al. 2018), and SFT, which is
+the same sum over the assistant's tokens only. Normalised by the number of target tokens of the whole step.
 """
 
 from __future__ import annotations

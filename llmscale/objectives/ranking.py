@@ -1,10 +1,10 @@
 """Reward modelling from K ranked completions of one prompt.
 
-`pairs`: L = -1/|P| sum_{(w,l) in P} log sigmoid(r_w - r_l), P the pairs that are not tied (Ouyang et al. 2022, eq. 1, where
-|P| = C(K, 2)). All pairs of a prompt are one element, so that a prompt with many completions weighs as much as one with
-few, and they share one step: as separate examples each completion would be seen K-1 times and over-fitted.
-`plackett_luce`: L = -sum_i log(exp r_i / sum_{j ranked i or lower} exp r_j) (Plackett 1975); a tied completion counts among
-those that are not better, so that ties push nothing apart. The last rank adds nothing.
+`pairs`: L = -1/|P| sum_{(w,l) in P} log sigmoid(r_w - r_l), P the pairs that are not tied (Ouyang et al. 2022, eq. 1,
+where |P| = C(K, 2)). All pairs of a prompt are one element, so that a prompt with many completions weighs as much as
+one with few, and they share one step: as separate examples each completion would be seen K-1 times and over-fitted.
+`plackett_luce`: L = -sum_i log(exp r_i / sum_{j ranked i or lower} exp r_j) (Plackett 1975); a tied completion counts
+among those that are not better, so that ties push nothing apart. The last rank adds nothing.
 
 Normalised by the number of rankings that are not all tied. Legend: K completions, P pairs, B rows (all completions).
 """

@@ -26,7 +26,7 @@ class FunctionReward:
             spec.loader.exec_module(module)
         except Exception as error:  # the user's file may fail in any way
             raise ConfigError(f"cannot run {file}: {type(error).__name__}: {error}", where="reward.path") from error
-        if not hasattr(module, name):
+        if not callable(getattr(module, name, None)):
             raise ConfigError(f"{file} has no function {name!r}", where="reward.path")
         self.path, self.function = config.path, getattr(module, name)
 
@@ -37,4 +37,5 @@ class FunctionReward:
         try:
             return float(self.function(trajectory.prompt.text, trajectory.completion, dict(trajectory.prompt.fields)))
         except Exception as error:  # the user's code may raise anything; it is named and passed on, never a silent zero
-            raise WorkerError(f"{type(error).__name__}: {error}", where=self.path, fix="Mend the function.") from error
+            where = f"{self.path}, draw {trajectory.draw_id}, sample {trajectory.sample_index}"
+            raise WorkerError(f"{type(error).__name__}: {error}", where=where, fix="Mend the function.") from error

@@ -1,7 +1,7 @@
-"""From rewards to advantages, as pure functions. Legend: B rows, T tokens, N samples (a group of one prompt is contiguous).
+"""From rewards to advantages, as pure functions. Legend: B rows, T tokens.
 
-Only tokens that the policy produced (mask 1) exist for these recursions: prompt, tool and user tokens between its turns are
-stepped over, so their values and rewards change nothing.
+Only tokens that the policy produced (mask 1) exist for these recursions: prompt, tool and user tokens between its turns
+are stepped over, so their values and rewards change nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from llmscale.functional import masked_mean, masked_var
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> (advantages, returns), all [B, T].
 
-    rewards: for producing each token. values: of the state *before* each token. mask: 1 on the policy's own tokens; what
-    follows the last of them is terminal (value 0). Where mask is 0 both results are 0.
+    rewards: for producing each token. values: of the state *before* each token. mask: 1 on the policy's own tokens;
+    what follows the last of them is terminal (value 0). Where mask is 0 both results are 0.
     """
     mask = mask.bool()
     advantages = torch.zeros_like(rewards)

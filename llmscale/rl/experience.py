@@ -117,7 +117,7 @@ def check_on_policy(metrics: dict[str, float], max_logprob_diff: float) -> None:
 
 
 def minibatches(num: int, size: int, seed: int, step: int, epoch: int) -> list[list[int]]:
-    """A permutation of 0..num-1 in parts of `size` (the last may be smaller), a function of (seed, step, epoch) alone."""
+    """A permutation of 0..num-1 in parts of `size` (the last may be smaller), keyed by seed, step and epoch alone."""
     # Philox counts in the lowest word: a key there would give the next epoch this one's numbers, shifted by four.
     counter = np.array([0, epoch, step, 0], dtype=np.uint64)
     order = np.argsort(np.random.Philox(key=seed, counter=counter).random_raw(num), kind="stable").tolist()

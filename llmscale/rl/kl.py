@@ -1,4 +1,5 @@
-"""Per-token estimates of KL(policy || reference) from samples of the policy (Schulman 2020, "Approximating KL divergence").
+"""Per-token estimates of KL(policy || reference) from samples of the policy (Schulman 2020, "Approximating KL
+divergence").
 
 With d = log ref - log policy of the sampled token: k1 = -d is unbiased and may be negative; k2 = d^2 / 2 is biased, low
 variance; k3 = exp(d) - 1 - d is unbiased and never negative.

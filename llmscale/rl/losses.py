@@ -16,8 +16,8 @@ def clipped_policy_loss(
 ) -> Tensor:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with its sign turned, so that it is minimised.
 
-    All tensors have one shape. `dual_clip` > 1 bounds the loss of negative advantages at -dual_clip * A (Ye et al. 2020,
-    eq. 5), where a large ratio would otherwise make it unbounded.
+    All tensors have one shape. `dual_clip` > 1 bounds the loss of negative advantages at -dual_clip * A (Ye et al.
+    2020, eq. 5), where a large ratio would otherwise make it unbounded.
     """
     ratio = (policy_logprobs - old_logprobs).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
@@ -29,12 +29,12 @@ def clipped_policy_loss(
 def is_clipped(
     policy_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Where clipping removes the gradient: the ratio has left the interval in the direction that the advantage wants."""
+    """Where clipping removes the gradient: the ratio has left the interval in the advantage's direction."""
     ratio = (policy_logprobs - old_logprobs).exp()
     return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Squared error, halved, the larger of plain and clipped to within `clip` of the old value (as in OpenAI's PPO2)."""
+    """Squared error, halved: the larger of plain and clipped to within `clip` of the old value (OpenAI's PPO2)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())

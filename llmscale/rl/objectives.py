@@ -1,5 +1,5 @@
-"""Policy and critic losses as objectives that any engine can step on. Normalised by the policy's own tokens of the whole
-step, so the gradient does not depend on micro-batches or ranks."""
+"""Policy and critic losses as objectives that any engine can step on. Normalised by the policy's own tokens of the
+whole step, so the gradient does not depend on micro-batches or ranks."""
 
 from __future__ import annotations
 

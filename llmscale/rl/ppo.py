@@ -1,7 +1,7 @@
 """PPO with a critic, as InstructGPT used it (Schulman et al. 2017; Ouyang et al. 2022, section 3.5).
 
-An algorithm is two pure functions of tensors: advantages of the sampled tokens, and the loss of a token. It knows nothing of
-engines, ranks or Ray. Legend: B rows, T tokens.
+An algorithm is two pure functions of tensors: advantages of the sampled tokens, and the loss of a token. It knows
+nothing of engines, ranks or Ray. Legend: B rows, T tokens.
 """
 
 from __future__ import annotations

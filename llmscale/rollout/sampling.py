@@ -1,5 +1,5 @@
-"""Sampling whose randomness is a counter, not a stream: what is sampled for (run seed, draw, sample, turn, position) does not
-depend on which worker or attempt samples it, nor on what else is in the batch. Legend: B rows, V vocabulary.
+"""Sampling whose randomness is a counter, not a stream: what is sampled for (run seed, draw, sample, turn, position)
+does not depend on which worker or attempt samples it, nor on what else is in the batch. Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ TURN = 0  # single-turn sampling; part of the counter, so that turns never share
 
 
 def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position: int, size: int) -> np.ndarray:
-    """Standard Gumbel noise [size], float64. argmax(log p + noise) is a sample of p (Gumbel 1954; Maddison et al. 2014)."""
-    # Philox counts in the lowest word: with a key there, each position would see the noise of the one before, shifted by four
-    # tokens. Held-out prompts are drawn with negative ids.
+    """Standard Gumbel noise [size], float64: argmax(log p + noise) is a sample of p (Maddison et al. 2014)."""
+    # Philox counts in the lowest word: with a key there, each position would see the noise of the one before, shifted
+    # by four tokens. Held-out prompts are drawn with negative ids.
     counter = (0, turn << 32 | position, sample_index, draw_id % (1 << 64))
     # Raw words, because numpy promises those to stay the same from version to version.
     raw = np.random.Philox(key=seed, counter=np.array(counter, dtype=np.uint64)).random_raw(size)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from llmscale.cluster.config import Backend, ClusterConfig
+from llmscale.cluster.config import ClusterConfig
 from llmscale.config import STAGE, Problem, at_least, option
 from llmscale.data.config import DataConfig
 from llmscale.engine.config import EngineConfig
+from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig
@@ -206,8 +207,8 @@ class ChatConfig(UseConfig):
     stage: str = "chat"
 
 
-def uses_ray(config: StageConfig) -> bool:
-    """Whether this run needs Ray: RLHF by its backend, a supervised stage as soon as it has several workers."""
-    if isinstance(config, SupervisedConfig):
-        return config.cluster.trainer.num_workers > 1
-    return config.cluster.backend is Backend.ray
+def check_context(config: StageConfig, context_length: int) -> None:
+    """Raises: ConfigError when sequences may be longer than the model that was loaded can take."""
+    if config.data.max_seq_len > context_length:
+        what = f"{config.data.max_seq_len} tokens do not fit a model of {context_length} positions"
+        raise ConfigError(what, where="data.max_seq_len", fix=f"Set it to {context_length} or less.")

@@ -8,8 +8,9 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmscale.config import STAGE, compose, options
-from llmscale.errors import UsageError
+from llmscale.compose import compose
+from llmscale.config import STAGE, options
+from llmscale.errors import ConfigError, UsageError
 from llmscale.stages.config import StageConfig
 
 
@@ -24,7 +25,7 @@ def compose_stages(overrides: Sequence[str], config_dir: str | None) -> dict[str
             raise UsageError(
                 f"{stage!r} is not a stage of a pipeline", where="stages", fix=f"Use: {', '.join(trained)}."
             )
-    return {stage: compose(stage, _for_stage(stage, trained, overrides), config_dir) for stage in stages}
+    return {stage: _compose_stage(stage, _for_stage(stage, trained, overrides), config_dir) for stage in stages}
 
 
 def run(configs: Mapping[str, StageConfig]) -> dict[str, Any]:
@@ -33,6 +34,14 @@ def run(configs: Mapping[str, StageConfig]) -> dict[str, Any]:
         module, _, function = str(options(STAGE)[stage].builds).partition(":")
         results[stage] = getattr(importlib.import_module(module), function)(config)
     return results
+
+
+def _compose_stage(stage: str, overrides: Sequence[str], config_dir: str | None) -> StageConfig:
+    try:
+        return compose(stage, overrides, config_dir)
+    except ConfigError as error:
+        where = f"{stage}.{error.where}" if error.where else stage
+        raise ConfigError(error.what, where=where, fix=error.fix) from error
 
 
 def _for_stage(stage: str, stages: Sequence[str], overrides: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmscale.batch import Trajectory
+from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
 from llmscale.checkpoint.run_state import RunState
@@ -25,11 +25,11 @@ from llmscale.cluster.publish import VersionCounter
 from llmscale.config import build, to_dict
 from llmscale.data.loader import SampleOrder, micro_batches
 from llmscale.data.splits import load_prompts
-from llmscale.errors import NumericsError
-from llmscale.models.loading import load_tokenizer
+from llmscale.errors import ConfigError, NumericsError
+from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import SamplingRequest, State
 from llmscale.rl.experience import Experience, build_experience, check_on_policy, check_rewards, minibatches
-from llmscale.stages.config import RlhfConfig
+from llmscale.stages.config import RlhfConfig, check_context
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
 from llmscale.tracking.jsonl import last_metrics
@@ -49,9 +49,11 @@ class Rlhf:
 
     def __init__(self, config: RlhfConfig, run: RunDirectory):
         self.config, self.run = config, run
+        check_context(config, saved_context_length(str(config.model.path)))
         tokenizer = load_tokenizer(str(config.model.path))
         split = load_prompts(config.data, tokenizer, config.rollout.max_new_tokens)
         self.prompts, self.held_out = split.train, split.validation
+        check_answers(config, self.prompts)
         self.order = SampleOrder(len(self.prompts), config.run.seed)
         self.algorithm = build(config.algorithm)
         self.versions = VersionCounter(run.path / "weight_version")
@@ -273,6 +275,17 @@ def run(config: RlhfConfig) -> dict[str, Any]:
             finished = Rlhf(config, directory).train()
             directory.finish(finished)
         return finished
+
+
+def check_answers(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises: ConfigError when a rule wants a column that the prompts lack, before anything is sampled."""
+    for name in ("reward", "true_reward"):
+        column = getattr(getattr(config, name), "column", None)
+        if column is not None and column not in prompts[0].fields:
+            listed = ", ".join(prompts[0].fields) or "none"
+            raise ConfigError(
+                f"the prompts have no column {column!r}", where=f"{name}.column", fix=f"They have: {listed}."
+            )
 
 
 def plan(config: RlhfConfig) -> dict[str, Any]:

@@ -26,9 +26,16 @@ from llmscale.data.loader import SampleOrder, micro_batches, shard
 from llmscale.data.sources import read_records
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.tokenizer import train_tokenizer
-from llmscale.models.loading import Model, load_language_model, load_scalar_model, load_tokenizer, new_language_model
+from llmscale.models.loading import (
+    Model,
+    context_length,
+    load_language_model,
+    load_scalar_model,
+    load_tokenizer,
+    new_language_model,
+)
 from llmscale.protocols import Tracker
-from llmscale.stages.config import SupervisedConfig
+from llmscale.stages.config import SupervisedConfig, check_context
 from llmscale.tracking.composite import NullTracker, open_trackers
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
@@ -56,6 +63,7 @@ class SupervisedRun:
         )
         self.objective = build(config.objective)
         model = new_model(config, self.tokenizer)
+        check_context(config, context_length(model))
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = build(config.engine, model, config.optim, self.num_steps)
         self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)

@@ -30,8 +30,8 @@ def train(
     num_steps: int,
     hooks: Sequence[Hook],
 ) -> None:
-    """Train from the engine's own step to `num_steps`. `batches(step)` gives this rank's micro-batches of a step, a pure
-    function of it, so that a resumed run sees what the uninterrupted one would have seen. Hooks run in order."""
+    """Train from the engine's own step to `num_steps`. `batches(step)` gives this rank's micro-batches of a step, a
+    pure function of it, so that a resumed run sees what the uninterrupted one would have seen. Hooks run in order."""
     while engine.num_steps < num_steps:
         started = time.perf_counter()
         micro_batches = batches(engine.num_steps)

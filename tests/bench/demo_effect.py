@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 import llmscale.stages.config  # registers every option
-from llmscale.config import build, compose
+from llmscale.compose import compose
+from llmscale.config import build
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import load_prompts

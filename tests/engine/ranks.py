@@ -1,5 +1,5 @@
-"""One of several ranks, as torchrun would start it: `python -m tests.engine.ranks FOLDER`, where FOLDER/zeroN holds what
-one rank did. Writes FOLDER/zeroNx2."""
+"""One of several ranks, as torchrun would start it: `python -m tests.engine.ranks FOLDER`, where FOLDER/zeroN holds
+what one rank did. Writes FOLDER/zeroNx2."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What every engine is put through. Each scenario writes its numbers to a folder, one file a rank, and the tests compare
-them: so the same code runs in the tests' own process and in the ranks of `ranks.py`.
+"""What every engine is put through. Each scenario writes its numbers to a folder, one file a rank, and the tests
+compare them: so the same code runs in the tests' own process and in the ranks of `ranks.py`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def one_step(bench: Bench) -> None:
 
 
 def training(bench: Bench) -> None:
-    """Twenty steps in fp32 and eight in bf16; then again from a checkpoint, by an engine that was built with other weights."""
+    """Twenty steps in fp32 and eight in bf16; then again from a checkpoint, by an engine built with other weights."""
     train_and_resume(bench, "fp32", TRAIN, NUM_STEPS, SAVED_AT)
     train_and_resume(bench, "bf16", replace(TRAIN, lr=1e-2), 8, 4)
 
@@ -142,7 +142,7 @@ def train_and_resume(bench: Bench, precision: str, optim: OptimConfig, num_steps
 
 
 def looking(bench: Bench) -> None:
-    """`evaluate` and `forward` (of a different number of micro-batches on each rank), and that neither changes a weight."""
+    """`evaluate` and `forward` (another number of micro-batches on each rank); neither changes a weight."""
     engine = bench.engine(optim=TRAIN)
     examples = token_examples(LENGTHS)
     evaluated = [
@@ -171,7 +171,7 @@ def two_at_once(bench: Bench) -> None:
 
 
 def leaving(bench: Bench) -> None:
-    """Weights as they leave an engine: packed for rollouts, and as a Hugging Face folder with what the model says greedily."""
+    """Weights as they leave an engine: packed for rollouts, and as a Hugging Face folder."""
     for tie in (True, False):
         engine = bench.engine(language_model(tie=tie))
         engine.step(language_batches(SPLITS["whole"], token_examples(LENGTHS)), LANGUAGE)

@@ -1,5 +1,5 @@
-"""What every engine does: DeepSpeed's stages, alone and over two ranks, give the reference engine's numbers, and the reference
-gives those of its own other splits."""
+"""What every engine does: DeepSpeed's stages, alone and over two ranks, give the reference engine's numbers, and the
+reference gives those of plain autograd."""
 
 from __future__ import annotations
 

@@ -174,8 +174,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(make):
 
 
 def test_the_models_saved_generation_settings_are_not_used(make):
-    """A published model may ask for a repetition penalty or truncation; then what is sampled is not the distribution that is
-    trained."""
+    """A published model may ask for a repetition penalty or truncation: no longer the distribution that is trained."""
     model = language_model()
     plain = make(model, max_new_tokens=12).generate(requests())
     settings = model.hf.generation_config

@@ -14,7 +14,7 @@ import pytest
 
 from llmscale.checkpoint.run_directory import open_run
 from llmscale.cli import main
-from llmscale.config import compose
+from llmscale.compose import compose
 
 MODEL = [
     "model.hidden_size=32",
