@@ -51,7 +51,7 @@ def test_cannot_change_the_sample(tmp_path: Path):
 def test_a_sample_that_cannot_be_scored_is_an_error(tmp_path: Path, body: str, message: str):
     with pytest.raises(WorkerError, match=message) as caught:
         build(tmp_path, f"def reward(p, c, f):\n    {body}\n")(SAMPLES)
-    assert str(caught.value.where).endswith("mine.py:reward")
+    assert "mine.py:reward" in str(caught.value.where)
     assert isinstance(caught.value.__cause__, Exception)  # the user's own traceback is in the log
 
 
