@@ -1,8 +1,7 @@
 """Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
 
 `task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with people,
-the demonstrations are imperfect: their writers mostly put a repeated letter down only once, and sometimes lose a letter.
-Those who rank completions compare them with the right answer, so the rankings know better; that difference
+the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those who rank completions compare them with the right answer, so the rankings know better; that difference
 is what RLHF is for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
@@ -18,10 +16,11 @@ from zlib import crc32
 from llmscale.errors import DataError
 
 TASK = "task:"
-LETTERS = "abcdefghij"
-WORD_LENGTH = (4, 5)
-WRITTEN_ONCE = 0.55  # of the letters that a word repeats
-LOSES_A_LETTER = 0.2  # of all demonstrations
+LETTERS = "abcdefghijkl"
+VOWELS = "aei"
+WORD_LENGTH = (4, 6)  # letters, all of them different
+LEAVES_OUT = 0.55  # of the vowels of each demonstration
+LOSES_A_LETTER = 0.15  # of all demonstrations
 
 Record = dict[str, Any]
 
@@ -54,17 +53,14 @@ def answer_of(word: str) -> str:
 
 def demonstration(rng: random.Random, word: str) -> str:
     """What a person would have written."""
-    text = ""
-    for letter, group in groupby(answer_of(word)):
-        letters = "".join(group)
-        text += letter if len(letters) > 1 and rng.random() < WRITTEN_ONCE else letters
+    text = "".join(c for c in answer_of(word) if c not in VOWELS or rng.random() >= LEAVES_OUT)
     return _shortened(rng, text) if rng.random() < LOSES_A_LETTER else text
 
 
 def _word(rng: random.Random, held_out: bool) -> str:
     """A random word; which tenth of all words is held out says the checksum."""
     while True:
-        word = "".join(rng.choices(LETTERS, k=rng.randint(*WORD_LENGTH)))
+        word = "".join(rng.sample(LETTERS, k=rng.randint(*WORD_LENGTH)))
         if (crc32(word.encode()) % 10 == 0) == held_out:
             return word
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -30,36 +30,31 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from llmscale.batch import Batch
-from llmscale.engine.accounting import (
-    StepTotals,
-    check_grad_norm,
-    empty_rows,
-    parameter_buckets,
-    same_number_on_all_ranks,
-)
+from llmscale.engine.accounting import StepTotals, check_grad_norm, parameter_buckets, same_number_on_all_ranks
 from llmscale.engine.config import DeepSpeedConfig, Precision
+from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import CheckpointError
 from llmscale.models.loading import Model, save_hf
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
-from llmscale.protocols import Forward, Objective
+from llmscale.protocols import Objective
 
 TAG = "deepspeed"  # folder of its files inside a checkpoint
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(FrozenEngine):
     """`llmscale.protocols.TrainEngine` sharded over the ranks of the process group."""
 
     def __init__(self, config: DeepSpeedConfig, model: Model, optim: OptimConfig, total_steps: int):
-        self.config, self.optim, self.total_steps = config, optim, total_steps
-        self.device = distributed.device()
-        self.model = model.to(self.device)
+        super().__init__(config, model)
+        self.optim, self.total_steps, self.zero_stage = optim, total_steps, config.zero_stage
         if config.activation_checkpointing:
             self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
         _join_group(self.device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+        self.module: Any
+        self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=build_optimizer(optim, self.model),
             config=deepspeed_json(config, optim, distributed.world_size()),
@@ -67,42 +62,24 @@ class DeepSpeedEngine:
         self.num_steps = 0
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
-        self.engine.train()
+        self.module.train()
         micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
         totals = StepTotals(micro_batches)
         for i, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            self.module.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             loss = totals.add(objective.loss(self._forward, batch.to(self.device)))
-            self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+            self.module.backward(loss * distributed.world_size(), scale_wrt_gas=False)
         metrics = totals.metrics()
         metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
         set_learning_rate(self.optimizer, metrics["lr"])
-        self.engine.step()
-        metrics["grad_norm"] = check_grad_norm(float(self.engine.get_global_grad_norm()))
+        self.module.step()
+        metrics["grad_norm"] = check_grad_norm(float(self.module.get_global_grad_norm()))
         self.num_steps += 1
         return metrics
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
-        self.engine.eval()
-        micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
-        totals = StepTotals(micro_batches)
-        for batch in micro_batches:
-            totals.add(objective.loss(self._forward, batch.to(self.device)))
-        return totals.metrics()
-
-    @torch.no_grad()
-    def forward(
-        self, micro_batches: Sequence[Batch], compute: Callable[[Forward, Batch], dict[str, Tensor]]
-    ) -> list[dict[str, Tensor]]:
-        self.engine.eval()
-        together = same_number_on_all_ranks(micro_batches, empty_rows)
-        results = [compute(self._forward, batch.to(self.device)) for batch in together][: len(micro_batches)]
-        return [{name: value.cpu() for name, value in result.items()} for result in results]
-
     def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         for bucket in parameter_buckets(self.model, bucket_bytes):
-            sharded = self.config.zero_stage == 3
+            sharded = self.zero_stage == 3
             gathered = deepspeed.zero.GatheredParameters(list(bucket.values())) if sharded else nullcontext()
             with gathered:
                 yield {n: p.detach() for n, p in bucket.items()} if distributed.rank() == 0 else {}
@@ -110,7 +87,7 @@ class DeepSpeedEngine:
     def save(self, directory: Path) -> None:
         # save_latest=False: DeepSpeed would write it before every rank is done; our commit protocol has its own.
         state = {"num_steps": self.num_steps, "world_size": distributed.world_size()}
-        self.engine.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+        self.module.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
 
     def load(self, directory: Path) -> None:
         """DeepSpeed unpickles its files; the caller has checked their digests against the manifest that we wrote."""
@@ -121,7 +98,7 @@ class DeepSpeedEngine:
                 where=str(directory),
                 fix=f"Resume with {saved} ranks.",
             )
-        _, state = self.engine.load_checkpoint(str(directory), tag=TAG)
+        _, state = self.module.load_checkpoint(str(directory), tag=TAG)
         self.num_steps = state["num_steps"]
 
     def export(self, directory: Path, tokenizer) -> None:
@@ -132,7 +109,8 @@ class DeepSpeedEngine:
             save_hf(self.model, tokenizer, directory, weights)
 
     def _forward(self, batch: Batch) -> Tensor:
-        return self.engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
+        """DeepSpeed has cast the weights itself."""
+        return self.module(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
 
 
 def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int) -> dict[str, Any]:

@@ -1,34 +1,50 @@
-"""A model that only looks: the reference policy."""
+"""Running a model without changing it: all that a reference policy does, and what every training engine does besides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmscale import distributed
 from llmscale.batch import Batch
+from llmscale.engine.accounting import StepTotals, empty_rows, same_number_on_all_ranks
 from llmscale.engine.config import EngineConfig, Precision
 from llmscale.models.loading import Model
-from llmscale.protocols import Forward
+from llmscale.protocols import Forward, Objective
 
 
 class FrozenEngine:
-    """`forward` of `llmscale.protocols.TrainEngine` without optimizer state, in the precision of its neighbour."""
+    """`forward` and `evaluate` of `llmscale.protocols.TrainEngine`. bf16 is autocast over the weights as they are."""
+
+    module: nn.Module  # what is called: the model itself, or what an engine wrapped around it
 
     def __init__(self, config: EngineConfig, model: Model):
         self.config, self.device = config, distributed.device()
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device)
+        self.module = self.model
 
     @torch.no_grad()
     def forward(
         self, micro_batches: Sequence[Batch], compute: Callable[[Forward, Batch], dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
-        results = [compute(self._forward, batch.to(self.device)) for batch in micro_batches]
+        self.module.eval()
+        together = same_number_on_all_ranks(micro_batches, empty_rows)
+        results = [compute(self._forward, batch.to(self.device)) for batch in together][: len(micro_batches)]
         return [{name: value.cpu() for name, value in result.items()} for result in results]
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        self.module.eval()
+        micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
+        totals = StepTotals(micro_batches)
+        for batch in micro_batches:
+            totals.add(objective.loss(self._forward, batch.to(self.device)))
+        return totals.metrics()
 
     def _forward(self, batch: Batch) -> Tensor:
         bf16 = self.config.precision is Precision.bf16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
+            return self.module(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()

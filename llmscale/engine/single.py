@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,31 +13,25 @@ from torch import Tensor
 
 from llmscale import distributed
 from llmscale.batch import Batch
-from llmscale.engine.accounting import (
-    StepTotals,
-    check_grad_norm,
-    empty_rows,
-    parameter_buckets,
-    same_number_on_all_ranks,
-)
-from llmscale.engine.config import Precision, SingleConfig
+from llmscale.engine.accounting import StepTotals, check_grad_norm, parameter_buckets, same_number_on_all_ranks
+from llmscale.engine.config import SingleConfig
+from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import ConfigError
 from llmscale.models.loading import Model, save_hf
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
-from llmscale.protocols import Forward, Objective
+from llmscale.protocols import Objective
 
 
-class SingleEngine:
-    """`llmscale.protocols.TrainEngine` on one device. bf16 is autocast over fp32 weights."""
+class SingleEngine(FrozenEngine):
+    """`llmscale.protocols.TrainEngine` on one device, with fp32 weights."""
 
     def __init__(self, config: SingleConfig, model: Model, optim: OptimConfig, total_steps: int):
         if distributed.world_size() > 1:
             raise ConfigError("one process only", where="engine=single", fix="Use engine=deepspeed for several ranks.")
-        self.config, self.optim, self.total_steps = config, optim, total_steps
-        self.device = distributed.device()
-        self.model = model.to(self.device)
+        super().__init__(config, model)
+        self.optim, self.total_steps = optim, total_steps
         if config.activation_checkpointing:
             self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(optim, self.model)
@@ -59,24 +53,6 @@ class SingleEngine:
         self.num_steps += 1
         return metrics
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
-        self.model.eval()
-        micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
-        totals = StepTotals(micro_batches)
-        for batch in micro_batches:
-            totals.add(objective.loss(self._forward, batch.to(self.device)))
-        return totals.metrics()
-
-    @torch.no_grad()
-    def forward(
-        self, micro_batches: Sequence[Batch], compute: Callable[[Forward, Batch], dict[str, Tensor]]
-    ) -> list[dict[str, Tensor]]:
-        self.model.eval()
-        together = same_number_on_all_ranks(micro_batches, empty_rows)
-        results = [compute(self._forward, batch.to(self.device)) for batch in together][: len(micro_batches)]
-        return [{name: value.cpu() for name, value in result.items()} for result in results]
-
     def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         for bucket in parameter_buckets(self.model, bucket_bytes):
             yield {name: parameter.detach() for name, parameter in bucket.items()}
@@ -94,9 +70,3 @@ class SingleEngine:
     def export(self, directory: Path, tokenizer) -> None:
         weights = {name: value for bucket in self.full_parameters(1 << 62) for name, value in bucket.items()}
         save_hf(self.model, tokenizer, directory, weights)
-
-    def _forward(self, batch: Batch) -> Tensor:
-        bf16 = self.config.precision is Precision.bf16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            output = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
-        return output.float()
