@@ -18,9 +18,9 @@ from llmscale.errors import DataError
 TASK = "task:"
 LETTERS = "abcdefghijkl"
 VOWELS = "aei"
-WORD_LENGTH = (4, 6)  # letters, all of them different
+WORD_LENGTH = (4, 5)  # letters, all of them different
 LEAVES_OUT = 0.55  # of the vowels of each demonstration
-LOSES_A_LETTER = 0.15  # of all demonstrations
+LOSES_A_LETTER = 0.1  # of all demonstrations
 
 Record = dict[str, Any]
 
