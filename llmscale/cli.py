@@ -35,7 +35,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-    sys.path.insert(0, os.getcwd())  # plugins and reward functions lie beside the user, as with `python -m`
+    sys.path.append(os.getcwd())  # plugins and reward functions lie beside the user, as with `python -m`
     try:
         status = _run(_arguments(argv))
     except LlmscaleError as error:

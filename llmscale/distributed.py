@@ -4,6 +4,7 @@ so that callers need no second path."""
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,13 +49,21 @@ def join(timeout_s: float) -> World:
         torch.cuda.set_device(device())
     if world.size > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store = _loopback_store(world, timeout)  # None: as MASTER_ADDR and torchrun say
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     return world
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _loopback_store(world: World, timeout: timedelta) -> dist.Store | None:
+    """The rendezvous of ranks that are all on this machine. torch's own listens on every address, without a password."""
+    address, port = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", "0"))
+    if address != "127.0.0.1" or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    if not world.is_main:
+        return dist.TCPStore(address, port, world.size, False, timeout)
+    listening = socket.create_server((address, port))
+    return dist.TCPStore(address, port, world.size, True, timeout, master_listen_fd=listening.detach())
 
 
 def world_size() -> int:

@@ -32,6 +32,8 @@ from llmscale.config import difference, to_yaml
 from llmscale.errors import RunError
 
 SCHEMA_VERSION = 1
+# What a run may take up again with another value of: results do not depend on it.
+MAY_CHANGE = ("tracking.", "cluster.", "training.keep_checkpoints", "training.save_every_steps")
 _SECRET = re.compile(r"(?i)((?<![a-z0-9])(?:token|secret|password|key)[\"']?\s*[=:]\s*).+", re.DOTALL)
 _SECRET_FLAG = re.compile(r"(?i)-.*(?<![a-z0-9])(?:token|secret|password|key)")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -156,10 +158,13 @@ def _claim(directory: Path, config: Any) -> None:
     try:
         old = yaml.safe_load(frozen.read_text(encoding="utf-8"))
         new = yaml.safe_load(to_yaml(config))  # through YAML on both sides: a tuple reads back as a list
-        changed = difference(old, new)
+        differs = difference(old, new)
+        changed = [line for line in differs if not line.startswith(MAY_CHANGE)]
     except (yaml.YAMLError, AttributeError) as error:
         raise RunError(f"this is not a frozen config: {error}", where=str(frozen), fix=_ANOTHER_NAME) from error
-    if changed and not _has_begun(directory):  # a first try that a typo stopped must not claim the name
+    if differs and not changed:
+        atomic_write_text(frozen, to_yaml(config))
+    elif changed and not _has_begun(directory):  # a first try that a typo stopped must not claim the name
         shutil.rmtree(directory / "tokenizer", ignore_errors=True)  # it may be of other data
         atomic_write_text(frozen, to_yaml(config))
     elif changed:

@@ -15,7 +15,7 @@ from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.models.weights import pack
 from llmscale.protocols import WeightBucket
 
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 256 << 20  # of gathered weights held at once
 
 
 def send(buckets: Iterable[dict[str, Tensor]], dtype: torch.dtype) -> list[Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,40 +25,64 @@ from llmscale.errors import ClusterError, LlmscaleError, WorkerError
 LOOPBACK = "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in its pool."""
+
+    rank: int
+    size: int
+    local_rank: int  # among the pool's workers on its node
+    local_size: int
+    master: tuple[str, int]  # address and port of rank 0
+
+
 class Shell:
     """The process of one worker."""
 
-    def setup(self, rank: int, size: int, master: tuple[str, int], threads: int, log_file: str) -> None:
-        """Place of this worker in its pool, as torch.distributed and DeepSpeed read it from the environment."""
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log, stream.fileno())
-        address, port = master
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR=address, MASTER_PORT=str(port), LOCAL_SIZE=str(size)
-        )
-        # Ray shows an actor its own GPUs only, so the local rank is always 0 there.
-        os.environ["LOCAL_RANK"] = "0" if os.environ.get("CUDA_VISIBLE_DEVICES") else str(rank)
+    def node(self) -> str:
+        return ray.util.get_node_ip_address()
+
+    def free_port(self) -> int:
+        with socket.socket() as probe:
+            probe.bind((self.node(), 0))
+            return probe.getsockname()[1]
+
+    def build(self, role: Callable[[], Any], place: Place, threads: int, directory: str, log_file: str) -> None:
+        """Set this process up as torch.distributed and DeepSpeed read it from the environment, then make the role."""
+        if not Path(directory).is_dir():
+            fix = "Every host needs the driver's working directory, for relative paths mean it."
+            raise ClusterError(f"{directory} does not exist on {self.node()}", where="cluster", fix=fix)
+        os.chdir(directory)
+        _redirect_output(Path(log_file))
+        address, port = place.master
+        # Ray shows a worker its own GPUs only, so that the first of them is always its own.
+        local_rank = 0 if ray.get_gpu_ids() else place.local_rank
+        os.environ |= {
+            "RANK": str(place.rank),
+            "WORLD_SIZE": str(place.size),
+            "LOCAL_RANK": str(local_rank),
+            # DeepSpeed takes ranks for local, and speaks to them through shared memory, where this equals WORLD_SIZE.
+            "LOCAL_SIZE": str(place.local_size),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
         if address == LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         import torch
 
         torch.set_num_threads(threads)
-
-    def address(self) -> tuple[str, int]:
-        """Where rank 0 can be reached: this node and a port that is free now."""
-        node = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((node, 0))
-            return node, probe.getsockname()[1]
-
-    def build(self, role: Callable[[], Any]) -> None:
         self.role = role()
 
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        return getattr(self.role, method)(*args)
+    def call(self, method: str, args: Sequence[Any]) -> Any:
+        return getattr(self.role, method)(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
+
+
+def _redirect_output(log_file: Path) -> None:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
 
 
 @dataclass
@@ -135,15 +159,22 @@ class RayPool:
         ]
         self.threads = threads
 
-    def start(self, build: Callable[[], Any]) -> list[ray.ObjectRef]:
-        """Set up every worker and begin to build its role; returns what to wait for."""
-        master = self.get([self.actors[0].address.remote()], [0])[0]
+    def start(self, build: Callable[[], Any], timeout_s: float) -> list[ray.ObjectRef]:
+        """Begin to build the role on every worker; returns what to wait for."""
+        ranks = list(range(self.num_workers))
+        nodes = self.get([actor.node.remote() for actor in self.actors], ranks, timeout_s)
+        (port,) = self.get([self.actors[0].free_port.remote()], [0], timeout_s)
+        refs = []
         for rank, actor in enumerate(self.actors):
-            actor.setup.remote(rank, self.num_workers, master, self.threads, f"{self.log_dir}/{self.role}-{rank}.log")
-        return [actor.build.remote(build) for actor in self.actors]
+            local_rank, local_size = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
+            place = Place(rank, self.num_workers, local_rank, local_size, (nodes[0], port))
+            log_file = f"{self.log_dir}/{self.role}-{rank}.log"
+            refs.append(actor.build.remote(build, place, self.threads, os.getcwd(), log_file))
+        return refs
 
     def call(self, method: Callable[..., Any], *args: Any) -> RayPending:
-        refs = [actor.call.remote(method.__name__, args) for actor in self.actors]
+        shared = [ray.put(arg) for arg in args]  # once, not once a worker
+        refs = [actor.call.remote(method.__name__, shared) for actor in self.actors]
         return RayPending(self, refs, list(range(self.num_workers)))
 
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> RayParts:
@@ -154,19 +185,29 @@ class RayPool:
     def units(self, method: Callable[..., Any], units: Sequence[Any]) -> RayUnits:
         return RayUnits(self, method.__name__, units)
 
-    def get(self, refs: list[ray.ObjectRef], ranks: list[int]) -> list[Any]:
+    def get(self, refs: list[ray.ObjectRef], ranks: list[int], timeout_s: float | None = None) -> list[Any]:
         """Results in order; the first failure of any of them at once, since its peers may wait for it for ever."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         pending = dict(zip(refs, ranks, strict=True))
+        results: dict[ray.ObjectRef, Any] = {}
         while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+            if not ready:
+                rank = min(pending.values())
+                what = f"did not come up in {timeout_s:.0f} s (cluster.start_timeout_s)"
+                raise WorkerError(what, where=f"{self.role} {rank}", fix=self._see_log(rank))
             rank = pending.pop(ready[0])
             try:
-                ray.get(ready[0])
+                results[ready[0]] = ray.get(ready[0])
             except RayTaskError as error:
                 raise self._explained(error, rank) from error
             except RayActorError as error:
                 raise WorkerError("this worker died", where=f"{self.role} {rank}", fix=self._see_log(rank)) from error
-        return ray.get(refs)
+            except RayError as error:
+                what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                raise WorkerError(what, where=f"{self.role} {rank}", fix=self._see_log(rank)) from error
+        return [results[ref] for ref in refs]
 
     def _explained(self, error: RayTaskError, rank: int) -> LlmscaleError:
         if isinstance(error.cause, LlmscaleError):
@@ -196,9 +237,9 @@ def open_ray_pools(cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]
             )
     threads = cluster.threads_per_worker
     pools = {name: RayPool(name, c, threads, groups[name], log_dir) for name, c in configs.items()}
-    building = [(pool, pool.start(roles[name])) for name, pool in pools.items()]
+    building = [(pool, pool.start(roles[name], cluster.start_timeout_s)) for name, pool in pools.items()]
     for pool, refs in building:
-        pool.get(refs, list(range(pool.num_workers)))
+        pool.get(refs, list(range(pool.num_workers)), cluster.start_timeout_s)
     return pools
 
 
@@ -219,6 +260,7 @@ def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
     # On one machine CPUs are shares that we hand out ourselves; GPUs are what is there.
     wanted = sum(c.num_workers * c.num_cpus for c in configs.values())
     ray.init(
+        address="local",  # whatever RAY_ADDRESS says
         num_cpus=max(os.cpu_count() or 1, int(-(-wanted // 1))),
         include_dashboard=False,
         _node_ip_address=LOOPBACK,

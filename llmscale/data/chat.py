@@ -67,7 +67,8 @@ class ChatRenderer:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a completion: the template's end of turn and the tokenizer's end of sequence."""
-        return sorted({self.end_token_id, cast(int, self.tokenizer.eos_token_id or self.end_token_id)})
+        eos = self.tokenizer.eos_token_id
+        return sorted({self.end_token_id, self.end_token_id if eos is None else cast(int, eos)})
 
     def render(self, messages: Sequence[Message]) -> TokenExample:
         """The whole conversation; targets are the assistant's tokens with the one that ends its turn."""
@@ -137,11 +138,12 @@ class ChatRenderer:
         question, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
         prompt = self._text([question], generation_prompt=True)
         written = _continued(prompt, self._text([question, answer], generation_prompt=False))
-        found = {written.rfind(token): token for token in self._special_tokens if token in written.partition("b")[2]}
+        after = written.partition("b")[2]
+        found = {after.find(token): token for token in self._special_tokens if token in after}
         if not found:
             what = "the chat template does not end the assistant's turn with a special token, so a model cannot stop"
             raise ModelError(what, fix="Add {{ eos_token }} after the assistant's content in the template.")
-        return found[max(found)]
+        return found[min(found)]
 
 
 def _continued(before: str, text: str) -> str:

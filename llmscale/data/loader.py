@@ -10,17 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from llmscale.errors import DataError
+from llmscale.randomness import permutation
 
 T = TypeVar("T")
-
-_WORD = 2**64
-
-
-def permutation(count: int, seed: int, stream: int) -> np.ndarray:
-    """int64 [count], a permutation keyed by (seed, stream). It sorts the generator's raw words, because numpy promises
-    those to stay the same from version to version, and its own `permutation` not."""
-    key = np.array([seed % _WORD, stream % _WORD], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
 
 
 class SampleOrder:
@@ -37,14 +29,10 @@ class SampleOrder:
         start = step * global_batch_size
         return [self._at(position) for position in range(start, start + global_batch_size)]
 
-    def epoch(self, step: int, global_batch_size: int) -> int:
-        """The epoch, from 0, that the first sample of global batch `step` belongs to."""
-        return step * global_batch_size // self.num_examples
-
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_examples)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.num_examples, self.seed, epoch)
+            self._epoch, self._order = epoch, permutation(self.seed, "epoch", epoch, size=self.num_examples)
         return int(self._order[offset])
 
 

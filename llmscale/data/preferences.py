@@ -94,8 +94,11 @@ def _list(record: Record, name: str) -> list:
 
 
 def _completion(value: object, record: Record, name: str) -> str:
+    """Text, a turn, or turns of which the last is the completion (some data repeat the conversation in front of it)."""
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and value:
+        value = value[-1]
     message = turn(value, record, name)
     if message["role"] != "assistant":
         raise DataError(f"{name} must be the assistant's, is the {message['role']}'s", where=record.where)

@@ -13,13 +13,13 @@ from llmscale.batch import Prompt, RankedExample, TokenExample
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig
 from llmscale.data.conversations import conversation_examples
-from llmscale.data.loader import permutation
 from llmscale.data.preferences import ranked_examples
 from llmscale.data.prompts import prompts
 from llmscale.data.report import Report
 from llmscale.data.sources import Record, read_records
 from llmscale.data.text import cut_blocks, encode_documents
 from llmscale.errors import DataError
+from llmscale.randomness import permutation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 E = TypeVar("E")
 R = TypeVar("R")
 _logger = logging.getLogger(__name__)
-_HELD_OUT = -1  # the stream of randomness that no epoch uses
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _sources(config: DataConfig, read: Callable[[str], list[R]]) -> tuple[list[R
     if config.validation_fraction == 0 or len(items) == 1:
         return items, []
     num_held_out = max(1, round(len(items) * config.validation_fraction))
-    held_out = set(permutation(len(items), 0, _HELD_OUT)[:num_held_out].tolist())
+    held_out = set(permutation(0, "held out", size=len(items))[:num_held_out].tolist())
     return (
         [item for i, item in enumerate(items) if i not in held_out],
         [item for i, item in enumerate(items) if i in held_out],

@@ -1,8 +1,9 @@
 """Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
 
-`task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with people,
-the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those who rank completions compare them with the right answer, so the rankings know better; that difference
-is what RLHF is for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
+`task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with
+people, the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those
+who rank completions compare them with the right answer, so the rankings know better; that difference is what RLHF is
+for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def _pair(rng: random.Random, word: str) -> Record:
 def _ranking(rng: random.Random, word: str) -> Record:
     """Four attempts of different care, ranked by how far they are from the right answer; equal ones are tied."""
     answer = answer_of(word)
-    attempts = [answer, demonstration(rng, word), answer_of(_misread(rng, word))]
-    attempts.append(_spoiled(rng, rng.choice(attempts)))
+    attempts = [answer, demonstration(rng, word)]
+    attempts += [_spoiled(rng, rng.choice(attempts)) for _ in range(2)]
     rng.shuffle(attempts)
     distances = [edit_distance(a, answer) for a in attempts]
     order = sorted(set(distances))
@@ -105,18 +106,19 @@ def _swapped(rng: random.Random, text: str) -> str:
     return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
 
 
-def _misread(rng: random.Random, word: str) -> str:
-    """One letter taken for another, half the time for one that the word has too."""
-    i = rng.randrange(len(word))
-    return word[:i] + rng.choice(rng.choice([LETTERS, word])) + word[i + 1 :]
+def _misread(rng: random.Random, text: str) -> str:
+    i = rng.randrange(len(text))
+    return answer_of(text[:i] + rng.choice(LETTERS) + text[i + 1 :])
+
+
+def _lengthened(rng: random.Random, text: str) -> str:
+    return answer_of(text + rng.choice(LETTERS))
 
 
 def _spoiled(rng: random.Random, text: str) -> str:
-    """One or two slips: a swap, a letter lost, doubled or mistaken."""
+    """One or two slips: a letter lost, added or taken for another, or two neighbours swapped."""
     for _ in range(rng.randint(1, 2)):
-        i = rng.randrange(len(text))
-        doubled = text[:i] + text[i] + text[i:]
-        text = rng.choice([_swapped(rng, text), _shortened(rng, text), doubled, _misread(rng, text)])
+        text = rng.choice([_shortened, _lengthened, _misread, _swapped])(rng, text)
     return text
 
 

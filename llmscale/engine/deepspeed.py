@@ -126,6 +126,8 @@ def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int)
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }
+    if config.precision is Precision.bf16:  # in bf16 the sum over many micro-batches would lose the small ones
+        typed["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(config.overrides, typed)
 
 

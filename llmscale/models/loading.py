@@ -45,7 +45,11 @@ class LanguageModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A Hugging Face sequence classifier with one label, read out at every token instead of the last."""
+    """A Hugging Face sequence classifier with one label, read out at every token instead of the last.
+
+    Scores are standardised by the mean and deviation that the reward stage measured and noted in the model's config (0
+    and 1 before that): only their differences mean something, and RLHF wants rewards, and a critic, of a known scale.
+    """
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
@@ -53,7 +57,10 @@ class ScalarModel(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return self.hf.score(hidden).squeeze(-1)
+        config = self.hf.config
+        return (self.hf.score(hidden).squeeze(-1) - getattr(config, "score_mean", 0.0)) / getattr(
+            config, "score_std", 1.0
+        )
 
 
 Model = LanguageModel | ScalarModel
@@ -82,7 +89,7 @@ def resolve(path: str, holds: str = "config.json") -> str:
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub name; one without a padding token pads with its end token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(path, "tokenizer_config.json"))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(path, "tokenizer_config.json"), trust_remote_code=False)
     except (OSError, ValueError) as error:
         fix = "Name a finished run, a Hugging Face folder or a hub name; offline, a local folder."
         raise ModelError(f"cannot load a tokenizer: {_first_line(error)}", where=path, fix=fix) from error
@@ -135,15 +142,22 @@ def load_language_model(path: str, dropout: float = 0.0) -> LanguageModel:
     return LanguageModel(_from_pretrained(AutoModelForCausalLM, path, dropout))
 
 
-def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0) -> ScalarModel:
-    """A decoder with a scalar head, in fp32. A language model gets a new head, N(0, 1 / (hidden_size + 1)) as in
-    Stiennon et al. 2020, drawn from `seed`; a reward model keeps its own."""
+def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0, zero_head: bool = False) -> ScalarModel:
+    """A decoder with a scalar head, in fp32. A reward model keeps its own head. A language model gets a new one: of
+    zeros for a critic, whose first values would else be noise, or N(0, 1 / (hidden_size + 1)) as in Stiennon et al. 2020,
+    drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hf: Any = _from_pretrained(AutoModelForSequenceClassification, path, dropout, num_labels=1)
         if not has_scalar_head(path):
-            nn.init.normal_(hf.score.weight, std=(hf.config.hidden_size + 1) ** -0.5)
+            nn.init.normal_(hf.score.weight, std=0.0 if zero_head else (hf.config.hidden_size + 1) ** -0.5)
     return ScalarModel(hf)
+
+
+def cast_parameters(model: Model, dtype: torch.dtype) -> None:
+    """Cast the weights alone: `model.to(dtype)` would cast the rotary frequencies too, and with them late positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def has_scalar_head(path: str) -> bool:
@@ -165,6 +179,24 @@ def save_hf(model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, w
     tokenizer.save_pretrained(directory)
 
 
+@torch.no_grad()
+def check_isolation(model: Model) -> None:
+    """Two documents in one row must not see each other. Whether restarting positions keep them apart is up to the
+    architecture: some ignore them, and would learn from the wrong context without a word.
+
+    Raises: ModelError.
+    """
+    ids = torch.arange(1, 9).unsqueeze(0)
+    packed = model(input_ids=ids, position_ids=torch.arange(4).repeat(1, 2))
+    alone = model(input_ids=ids[:, 4:], position_ids=torch.arange(4).unsqueeze(0))
+    if not torch.allclose(packed[:, 4:], alone, atol=1e-4):
+        raise ModelError(
+            f"documents packed in one row would see each other in a {type(model.hf).__name__}",
+            where="model.architecture",
+            fix="Use an architecture that reads position_ids, such as llama, qwen2 or gpt2.",
+        )
+
+
 def context_length(model: Model) -> int:
     """Longest sequence in tokens; a model with relative positions only has no such limit."""
     return _context_length(model.hf.config)
@@ -176,14 +208,18 @@ def saved_context_length(path: str) -> int:
 
 
 def _context_length(config: PretrainedConfig) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 62)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 62)
 
 
 def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) -> PreTrainedModel:
     config = _with_dropout(_read_config(path, **kwargs), dropout)
     try:
         hf, report = auto.from_pretrained(  # type: ignore[attr-defined]
-            resolve(path), config=config, dtype=torch.float32, output_loading_info=True
+            resolve(path),
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(error, path) from error
@@ -200,7 +236,7 @@ def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) ->
 
 def _read_config(path: str, **kwargs: object) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(resolve(path), **kwargs)
+        return AutoConfig.from_pretrained(resolve(path), trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded(error, path) from error
 

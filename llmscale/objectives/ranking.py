@@ -88,6 +88,5 @@ class Ranking:
             "accuracy": ((margins > 0).float().sum(), "pairs"),
             "margin": (margins.sum(), "pairs"),
             "score": (scores.sum(), "completions"),
-            "score_squared": (scores.square().sum(), "completions"),
         }
         return LossSums({"rankings": total}, metrics)

@@ -15,6 +15,10 @@ from llmscale.config import Problem, option
 class RewardConfig:
     name: str = MISSING
 
+    def needs_columns(self) -> list[str]:
+        """Columns that every prompt's record must have."""
+        return []
+
 
 @option("reward", "learned", builds="llmscale.rewards.learned:LearnedReward")
 @dataclass
@@ -23,7 +27,7 @@ class LearnedConfig(RewardConfig):
 
     name: str = "learned"
     path: str = MISSING  # its run directory or Hugging Face folder
-    standardize: bool = True  # subtract the mean and divide by the deviation that it had on its held-out completions
+    unfinished: float | None = None  # reward of a completion cut off at the length limit; None: as the model scores it
 
 
 class Match(Enum):
@@ -39,6 +43,9 @@ class AnswerConfig(RewardConfig):
     name: str = "answer"
     column: str = "answer"  # of the record, holding the reference answer
     match: Match = Match.exact
+
+    def needs_columns(self) -> list[str]:
+        return [self.column]
 
 
 @option("reward", "function", builds="llmscale.rewards.function:FunctionReward")

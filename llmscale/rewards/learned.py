@@ -19,23 +19,25 @@ BATCH_SIZE = 32  # rows of one forward
 
 
 class LearnedReward:
-    """The scalar at the last token, standardised by what the reward model scored on its held-out completions."""
+    """The scalar at the last token."""
 
     def __init__(self, config: LearnedConfig, tokenizer: PreTrainedTokenizerFast):
         if not has_scalar_head(config.path):
             raise ModelError("this is not a reward model", where="reward.path", fix="Name a run of llmscale reward.")
         if load_tokenizer(config.path).get_vocab() != tokenizer.get_vocab():
             raise ModelError("the reward model's tokens are not the policy's", where="reward.path")
+        self.config = config
         self.model = load_scalar_model(config.path).to(distributed.device()).eval()
-        mean, std = getattr(self.model.hf.config, "score_mean", 0.0), getattr(self.model.hf.config, "score_std", 1.0)
-        self.mean, self.std = (mean, std) if config.standardize else (0.0, 1.0)
 
     @torch.no_grad()
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
         rewards: list[float] = []
         for start in range(0, len(trajectories), BATCH_SIZE):
             rewards += self._score([t.token_ids for t in trajectories[start : start + BATCH_SIZE]])
-        return [(reward - self.mean) / self.std for reward in rewards]
+        unfinished = self.config.unfinished
+        if unfinished is None:
+            return rewards
+        return [r if t.finished else unfinished for r, t in zip(rewards, trajectories, strict=True)]
 
     def _score(self, rows: list[np.ndarray]) -> list[float]:
         tensors = {name: value.to(distributed.device()) for name, value in token_tensors(rows).items()}

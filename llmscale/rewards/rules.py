@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from llmscale.batch import Trajectory
-from llmscale.errors import DataError
 from llmscale.rewards.config import AnswerConfig, Match
 
 # Digits, perhaps in groups of three split by commas, perhaps with decimals or a sign that does not join two words.
@@ -36,14 +35,7 @@ class AnswerReward:
         return [float(self._matches(t)) for t in trajectories]
 
     def _matches(self, trajectory: Trajectory) -> bool:
-        fields = trajectory.prompt.fields
-        if self.config.column not in fields:
-            raise DataError(
-                f"the prompts have no column {self.config.column!r}",
-                where="reward.column",
-                fix=f"They have: {', '.join(fields) or 'none'}.",
-            )
-        reference = str(fields[self.config.column])
+        reference = str(trajectory.prompt.fields[self.config.column])
         if self.config.match is Match.number:
             given = final_number(trajectory.completion)
             return given is not None and given == final_number(reference)

@@ -17,6 +17,7 @@ from torch import Tensor
 from llmscale.batch import Batch, Trajectory, pad_rows
 from llmscale.errors import NumericsError
 from llmscale.functional import masked_var
+from llmscale.randomness import permutation
 from llmscale.rl.kl import estimate
 
 
@@ -112,15 +113,24 @@ def check_on_policy(metrics: dict[str, float], max_logprob_diff: float) -> None:
         raise NumericsError(
             f"rollout and trainer log-probabilities differ by {difference:.2e}, more than {max_logprob_diff:.0e}",
             where="rollout.max_logprob_diff",
-            fix="Rollout weights or precision differ from the trainer's; bf16 needs about 0.2.",
+            fix="Rollout weights or precision differ from the trainer's.",
+        )
+
+
+def check_first_update(approx_kl: float, max_logprob_diff: float) -> None:
+    """Before its first update the policy is the one that sampled: its ratio is 1 and its KL (k3, about d^2 / 2) is 0, up
+    to fp32's rounding of exp(d) - 1 - d."""
+    if not abs(approx_kl) <= max(max_logprob_diff**2, 1e-6):
+        raise NumericsError(
+            f"the first update starts with KL {approx_kl:.2e} from the policy that sampled",
+            where="rollout.max_logprob_diff",
+            fix="The trainer's forward and its update disagree on the same weights.",
         )
 
 
 def minibatches(num: int, size: int, seed: int, step: int, epoch: int) -> list[list[int]]:
     """A permutation of 0..num-1 in parts of `size` (the last may be smaller), keyed by seed, step and epoch alone."""
-    # Philox counts in the lowest word: a key there would give the next epoch this one's numbers, shifted by four.
-    counter = np.array([0, epoch, step, 0], dtype=np.uint64)
-    order = np.argsort(np.random.Philox(key=seed, counter=counter).random_raw(num), kind="stable").tolist()
+    order = permutation(seed, "minibatches", epoch, step, size=num).tolist()
     return [order[i : i + size] for i in range(0, num, size)]
 
 

@@ -20,7 +20,8 @@ class RolloutConfig:
     max_new_tokens: int = 64  # longest completion in tokens
     group_size: int = 1  # completions per prompt
     unit_size: int = 32  # samples of one dispatch unit: generated as one batch on one worker, retried whole
-    max_logprob_diff: float = 1e-4  # largest |rollout - trainer log-probability| of fresh samples; bf16 needs about 0.2
+    # Largest |rollout - trainer log-probability| of fresh samples; null: 1e-4 in fp32, 0.5 in bf16
+    max_logprob_diff: float | None = None
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, temperature=0, max_new_tokens=1, group_size=1, unit_size=1, max_logprob_diff=0)

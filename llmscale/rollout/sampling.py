@@ -12,17 +12,15 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from llmscale.protocols import SamplingRequest
+from llmscale.randomness import random_words
 
 TURN = 0  # single-turn sampling; part of the counter, so that turns never share noise
 
 
 def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position: int, size: int) -> np.ndarray:
     """Standard Gumbel noise [size], float64: argmax(log p + noise) is a sample of p (Maddison et al. 2014)."""
-    # Philox counts in the lowest word: with a key there, each position would see the noise of the one before, shifted
-    # by four tokens. Held-out prompts are drawn with negative ids.
-    counter = (0, turn << 32 | position, sample_index, draw_id % (1 << 64))
-    # Raw words, because numpy promises those to stay the same from version to version.
-    raw = np.random.Philox(key=seed, counter=np.array(counter, dtype=np.uint64)).random_raw(size)
+    # Held-out prompts are drawn with negative ids.
+    raw = random_words(seed, "sampling", turn << 32 | position, sample_index, draw_id, size=size)
     uniform = (raw >> np.uint64(11)) * 2.0**-53
     with np.errstate(divide="ignore"):  # a uniform of exactly 0 gives noise -inf: never chosen
         return -np.log(-np.log(uniform))

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from llmscale.cluster.config import ClusterConfig
 from llmscale.config import STAGE, Problem, at_least, option
 from llmscale.data.config import DataConfig
-from llmscale.engine.config import EngineConfig
+from llmscale.engine.config import EngineConfig, Precision
 from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
@@ -133,6 +133,13 @@ class RlhfConfig(StageConfig):
     rollout: RolloutConfig = MISSING
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
+
+    @property
+    def max_logprob_diff(self) -> float:
+        """Bound on |rollout - trainer log-probability|; two bf16 forwards of one model differ by up to 0.16 on random
+        weights, and one token of thousands by more."""
+        default = 1e-4 if self.engine.precision is Precision.fp32 else 0.5
+        return default if self.rollout.max_logprob_diff is None else self.rollout.max_logprob_diff
 
     @property
     def critic_path(self) -> str:

@@ -25,10 +25,17 @@ from llmscale.cluster.publish import VersionCounter
 from llmscale.config import build, to_dict
 from llmscale.data.loader import SampleOrder, micro_batches
 from llmscale.data.splits import load_prompts
-from llmscale.errors import ConfigError, NumericsError
+from llmscale.errors import ConfigError
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import SamplingRequest, State
-from llmscale.rl.experience import Experience, build_experience, check_on_policy, check_rewards, minibatches
+from llmscale.rl.experience import (
+    Experience,
+    build_experience,
+    check_first_update,
+    check_on_policy,
+    check_rewards,
+    minibatches,
+)
 from llmscale.stages.config import RlhfConfig, check_context
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
@@ -53,7 +60,7 @@ class Rlhf:
         tokenizer = load_tokenizer(str(config.model.path))
         split = load_prompts(config.data, tokenizer, config.rollout.max_new_tokens)
         self.prompts, self.held_out = split.train, split.validation
-        check_answers(config, self.prompts)
+        check_columns(config, [*self.prompts, *self.held_out])
         self.order = SampleOrder(len(self.prompts), config.run.seed)
         self.algorithm = build(config.algorithm)
         self.versions = VersionCounter(run.path / "weight_version")
@@ -85,7 +92,7 @@ class Rlhf:
                 values.wait(),
                 self.config.algorithm.kl_coef,
             )
-        check_on_policy(more, self.config.rollout.max_logprob_diff)
+        check_on_policy(more, self.config.max_logprob_diff)
         with self.timed("update"):
             updates = self.update(experience)
         with self.timed("publish"):
@@ -122,17 +129,8 @@ class Rlhf:
         policy = self.pools["policy"].call(PolicyRole.update, batches)
         critic = self.pools["critic"].call(CriticRole.update, batches)
         policy_steps, critic_steps = policy.wait()[0], critic.wait()[0]
-        self.check_first_update(policy_steps[0]["approx_kl"])
+        check_first_update(policy_steps[0]["approx_kl"], self.config.max_logprob_diff)
         return _means("policy", policy_steps) | _means("value", critic_steps)
-
-    def check_first_update(self, approx_kl: float) -> None:
-        """Before its first update the policy is the one that sampled: its ratio is 1 and its KL 0."""
-        if not abs(approx_kl) <= self.config.rollout.max_logprob_diff:
-            raise NumericsError(
-                f"the first update of step {self.step + 1} starts with KL {approx_kl:.2e} from the policy that sampled",
-                where="rollout.max_logprob_diff",
-                fix="Trainer forward and update disagree; with bf16 about 0.2 is needed.",
-            )
 
     def publish(self) -> None:
         """New weights for every rollout worker, checked by fingerprint on both sides."""
@@ -202,7 +200,9 @@ class Rlhf:
             self.step += 1
             metrics |= self.timings
             if self.due(training.eval_every_steps):
-                metrics |= self.evaluate()
+                with self.timed("evaluate"):
+                    metrics |= self.evaluate()
+                metrics["timing_s/evaluate"] = self.timings["timing_s/evaluate"]
             self.tracker.log(self.step, metrics)
             if self.due(training.save_every_steps):
                 self.save(store)
@@ -277,15 +277,15 @@ def run(config: RlhfConfig) -> dict[str, Any]:
         return finished
 
 
-def check_answers(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises: ConfigError when a rule wants a column that the prompts lack, before anything is sampled."""
+def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
     for name in ("reward", "true_reward"):
-        column = getattr(getattr(config, name), "column", None)
-        if column is not None and column not in prompts[0].fields:
-            listed = ", ".join(prompts[0].fields) or "none"
-            raise ConfigError(
-                f"the prompts have no column {column!r}", where=f"{name}.column", fix=f"They have: {listed}."
-            )
+        reward = getattr(config, name)
+        for column in reward.needs_columns() if reward is not None else []:
+            lacking = next((p for p in prompts if column not in p.fields), None)
+            if lacking is not None:
+                what = f"{name}={reward.name} needs the column {column!r}, which the prompt {lacking.text!r} lacks"
+                raise ConfigError(what, where=f"{name}.column", fix=f"It has: {', '.join(lacking.fields) or 'none'}.")
 
 
 def plan(config: RlhfConfig) -> dict[str, Any]:

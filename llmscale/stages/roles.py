@@ -16,21 +16,19 @@ import llmscale.stages.config  # noqa: F401  registers every option before a con
 from llmscale import distributed
 from llmscale.batch import Batch, Trajectory, token_tensors
 from llmscale.checkpoint.durable import commit_directory, fsync_tree
-from llmscale.cluster.publish import receive, send
+from llmscale.cluster.publish import BUCKET_BYTES, receive, send
 from llmscale.config import build, load
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.loader import micro_batches, shard
-from llmscale.engine.config import Precision
+from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.functional import token_logprobs
-from llmscale.models.loading import load_language_model, load_scalar_model, load_tokenizer
+from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
 from llmscale.optim.config import OptimConfig
 from llmscale.protocols import Forward, Objective, SamplingRequest, TrainEngine
 from llmscale.rl.experience import Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.stages.config import RlhfConfig
-
-BUCKET_BYTES = 256 << 20  # of gathered weights held at once while publishing
 
 
 class TrainedRole:
@@ -97,7 +95,7 @@ class PolicyRole(TrainedRole):
 class CriticRole(TrainedRole):
     def __init__(self, config_file: str):
         super().__init__(config_file)
-        model = load_scalar_model(self.config.critic_path, seed=self.config.run.seed)
+        model = load_scalar_model(self.config.critic_path, seed=self.config.run.seed, zero_head=True)
         self.engine = self._new_engine(model, self.config.critic.optim)
         self.objective = ValueObjective(build(self.config.algorithm))
 
@@ -109,7 +107,12 @@ class CriticRole(TrainedRole):
 class ReferenceRole:
     def __init__(self, config_file: str):
         self.config: RlhfConfig = load(Path(config_file))
-        self.engine = FrozenEngine(self.config.engine, load_language_model(str(self.config.model.path)))
+        model = load_language_model(str(self.config.model.path))
+        if isinstance(
+            self.config.engine, DeepSpeedConfig
+        ):  # it casts the policy's weights, and they start as one model
+            cast_parameters(model, torch_dtype(self.config))
+        self.engine = FrozenEngine(self.config.engine, model)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         return token_values(self.engine, trajectories, self.config, logprobs_at(self.config.rollout.temperature))
@@ -135,7 +138,8 @@ class RolloutRole:
     def __init__(self, config_file: str):
         config: RlhfConfig = load(Path(config_file))
         path = str(config.model.path)
-        model, tokenizer = load_language_model(path).to(torch_dtype(config)), load_tokenizer(path)
+        model, tokenizer = load_language_model(path), load_tokenizer(path)
+        cast_parameters(model, torch_dtype(config))
         self.engine = build(config.rollout, model, tokenizer, config.run.seed, ChatRenderer(tokenizer).stop_ids)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
@@ -159,7 +163,7 @@ def token_values(
     parts = micro_batches([t.token_ids for t in trajectories], config.engine.micro_batch_size)
     outputs = engine.forward([Batch(token_tensors(part)) for part in parts], compute)
     rows = [row for output in outputs for row in output["out"].numpy()]
-    return [row[: len(t.token_ids)] for t, row in zip(trajectories, rows, strict=False)]
+    return [row[: len(t.token_ids)] for t, row in zip(trajectories, rows, strict=True)]
 
 
 def torch_dtype(config: RlhfConfig) -> torch.dtype:

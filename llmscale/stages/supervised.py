@@ -5,13 +5,15 @@ process, in a pool of Ray actors, or on the ranks that torchrun or srun started.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import llmscale.stages.config  # noqa: F401  registers every option before a config is read
@@ -26,8 +28,10 @@ from llmscale.data.loader import SampleOrder, micro_batches, shard
 from llmscale.data.sources import read_records
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.tokenizer import train_tokenizer
+from llmscale.functional import last_token
 from llmscale.models.loading import (
     Model,
+    check_isolation,
     context_length,
     load_language_model,
     load_scalar_model,
@@ -55,6 +59,7 @@ class SupervisedRun:
     def __init__(self, config: SupervisedConfig, run_dir: Path):
         self.config, self.run_dir = config, run_dir
         self.world = distributed.join(config.cluster.collective_timeout_s)
+        self.say(f"reading {config.data.train}")
         self.tokenizer = prepare_tokenizer(config, run_dir)
         self.split = LOADERS[config.stage](config.data, self.tokenizer)
         self.order = SampleOrder(len(self.split.train), config.run.seed)
@@ -62,11 +67,19 @@ class SupervisedRun:
             config.training.num_epochs * len(self.split.train) / config.training.global_batch_size
         )
         self.objective = build(config.objective)
+        self.say(f"loading {config.model.path}" if config.model.path else "building a new model")
         model = new_model(config, self.tokenizer)
+        if config.stage == "pretrain":
+            check_isolation(model)
         check_context(config, context_length(model))
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = build(config.engine, model, config.optim, self.num_steps)
         self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
+
+    def say(self, what: str) -> None:
+        """Progress before there is a tracker."""
+        if self.world.is_main:
+            print(f"{self.config.stage}: {what}", file=sys.stderr, flush=True)
 
     def train(self) -> dict[str, Any]:
         """Resume or start, train to the end, export; returns the result (its metrics on rank 0)."""
@@ -151,10 +164,13 @@ class SupervisedRun:
         """Load the newest valid checkpoint, if there is one; returns the broken ones that were passed over."""
         skipped: list[dict[str, str]] = []
         found: list[str] = []
-        if self.world.is_main:
-            checkpoint = self.store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
-            found = [str(checkpoint.path)] if checkpoint else []
-        for path in distributed.gather(found):
+        try:
+            if self.world.is_main:
+                checkpoint = self.store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
+                found = [str(checkpoint.path)] if checkpoint else []
+        finally:
+            paths = distributed.gather(found)  # the others wait for it, whatever happened
+        for path in paths:
             self.engine.load(Path(str(path)))
         return skipped
 
@@ -168,13 +184,18 @@ class SupervisedRun:
             self.engine.export(hf, self.tokenizer)
 
     def note_score_scale(self) -> None:
-        """Mean and deviation of a reward model's scores, kept in its config: only differences of scores mean something, and
-        RLHF wants rewards of a known scale. From validation completions, else from as many of the training ones."""
+        """Mean and deviation of a reward model's scores, noted in its config (see `ScalarModel`): of the validation
+        completions, else of as many of the training ones."""
         examples = self.split.validation or self.split.train[:256]
-        means = self.engine.evaluate(self.prepare(shard(examples, self.world.rank, self.world.size)), self.objective)
+        batches = self.prepare(shard(examples, self.world.rank, self.world.size))
+        outputs = self.engine.forward(batches, lambda f, b: {"scores": last_token(f(b), b["lengths"])})
+        scores = np.array(distributed.gather([x for output in outputs for x in output["scores"].tolist()]))
         config = self.engine.model.hf.config
-        config.score_mean = means["score"]
-        config.score_std = max(means["score_squared"] - means["score"] ** 2, 1e-12) ** 0.5
+        mean, std = (
+            getattr(config, "score_mean", 0.0),
+            getattr(config, "score_std", 1.0),
+        )  # of the model it started from
+        config.score_mean, config.score_std = mean + std * float(scores.mean()), std * float(max(scores.std(), 1e-6))
 
     def open_tracker(self) -> Tracker:
         if not self.world.is_main:
@@ -190,20 +211,31 @@ class SupervisedRun:
         )
 
 
-def run(config: SupervisedConfig) -> dict[str, Any]:
-    """Start, resume, or return what a finished run found."""
+def run(config: SupervisedConfig) -> dict[str, Any] | None:
+    """Start, resume, or return what a finished run found. Ranks that torchrun or srun started all come here; rank 0 opens
+    the run, tells the others what came of it, and returns the result."""
     world = distributed.join(config.cluster.collective_timeout_s)
     if not world.is_main:
-        distributed.barrier()  # rank 0 opens the run first
-        return SupervisedRun(config, config.run_dir).train()
-    with closing(open_run(config.run_dir, config)) as directory:
-        finished = directory.result()
-        distributed.barrier()
+        (outcome,) = distributed.gather([])
+        if outcome == TRAIN:
+            SupervisedRun(config, config.run_dir).train()
+        return None
+    with ExitStack() as opened:
+        outcome = "refused"
+        try:
+            directory = opened.enter_context(closing(open_run(config.run_dir, config)))
+            finished = directory.result()
+            outcome = TRAIN if finished is None else "finished"
+        finally:
+            distributed.gather([outcome])
         if finished is None:
-            in_ray = world.size == 1 and config.cluster.trainer.num_workers > 1
+            in_ray = world.size == 1 and (config.cluster.trainer.num_workers > 1 or config.cluster.address is not None)
             finished = train_on_ray(config, directory) if in_ray else SupervisedRun(config, directory.path).train()
             directory.finish(finished)
         return finished
+
+
+TRAIN = "train"
 
 
 class TrainerRole:
@@ -229,8 +261,18 @@ def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str,
     with opened_pools(config.cluster, roles, directory.attempt_dir) as pools:
         total_steps = pools["trainer"].call(TrainerRole.num_steps).wait()[0]
         console = ConsoleTracker(config.tracking.console_every_s, title=config.stage, total_steps=total_steps)
-        with following(run_dir, console):
-            return pools["trainer"].call(TrainerRole.train).wait()[0]
+        status = "failed"
+        try:
+            with following(run_dir, console):
+                result = pools["trainer"].call(TrainerRole.train).wait()[0]
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            if status != "done":  # else rank 0 has said so itself
+                console.finish(status)
+        return result
 
 
 def prepare_tokenizer(config: SupervisedConfig, run_dir: Path) -> Any:

@@ -27,6 +27,8 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 import wandb
 
+MAX_ROWS = 32  # of a step's samples
+
 
 class WandbTracker:
     """One W&B run, in `run_dir`/wandb. `report` is the `event` of a tracker that is told what became of it."""
@@ -131,8 +133,10 @@ def _start(mode: str, config: TrackingConfig, run_dir: Path, run_id: str, run_co
 
 
 def _table(records: Sequence[Mapping[str, Any]]) -> wandb.Table:
-    columns = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[_cell(record.get(name)) for name in columns] for record in records]
+    """What a person reads: no token ids, and not every sample of a large step; samples.jsonl has all of it."""
+    shown = [{name: value for name, value in r.items() if not isinstance(value, list)} for r in records[:MAX_ROWS]]
+    columns = list(dict.fromkeys(name for record in shown for name in record))
+    rows = [[_cell(record.get(name)) for name in columns] for record in shown]
     return wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)
 
 

@@ -3,9 +3,9 @@
     python tests/bench/demo_effect.py --seeds 0 1 2 3 4 --out docs/demo_effect.md
 
 For each seed it runs the four stages by the command line, and a control: SFT goes on from the SFT model, on the same
-demonstrations, for as many optimizer steps of the same size and learning rate as RLHF gave its policy. Then SFT, control and
-RLHF each answer the same held-out prompts once with the same random numbers, and once greedily; the task's rule scores
-them. Finished stages are not run again.
+demonstrations, for as many optimizer steps of the same size and learning rate as RLHF gave its policy. Then SFT,
+control and RLHF each answer the same held-out prompts once with the same random numbers, and once greedily; the task's
+rule scores them. Finished stages are not run again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-import llmscale.stages.config  # registers every option
 from llmscale.compose import compose
 from llmscale.config import build
 from llmscale.data.chat import ChatRenderer
@@ -37,6 +35,7 @@ from llmscale.protocols import SamplingRequest
 from llmscale.stages.config import RlhfConfig
 
 MODELS = {"SFT": "sft", "SFT continued": "continued/sft", "RLHF": "rlhf"}  # name -> run directory within a seed's
+PLACE = ["cluster=local", "engine=single", "tracking.wandb=disabled"]
 UNIT_SIZE = 64  # prompts of one batch
 
 
@@ -46,12 +45,12 @@ class Seed:
     def __init__(self, folder: Path, seed: int, overrides: Sequence[str]):
         self.folder, self.seed = folder / f"seed-{seed}", seed
         self.common = ["experiment=demo", f"run.dir={folder}", f"run.seed={seed}", *overrides]
-        self.common += ["cluster=local", "engine=single", "tracking.wandb=disabled"]
+        self.common += PLACE
         self.config: RlhfConfig = compose("rlhf", [*self.common, f"run.name={self.folder.name}"])
 
     def train(self) -> None:
         for stage in ("pretrain", "sft", "reward", "rlhf"):
-            llmscale(stage, *self.common, f"run.name={self.folder.name}")
+            run_stage(stage, *self.common, f"run.name={self.folder.name}")
         control = [
             f"run.name={self.folder.name}/continued",
             f"model.path={self.folder}/sft",
@@ -59,11 +58,11 @@ class Seed:
             f"training.global_batch_size={self.config.algorithm.global_batch_size}",
             f"optim.lr={self.config.optim.lr}",
         ]
-        llmscale("sft", *self.common, *control)
+        run_stage("sft", *self.common, *control)
 
     def scores(self, model: str, num_prompts: int, temperature: float) -> np.ndarray:
-        """What the rule gives each held-out prompt's completion, 0 or 1. The randomness of a completion is a function of
-        the seed and its prompt's number, so the models share it."""
+        """What the rule gives each held-out prompt's completion, 0 or 1. The randomness of a completion is a function
+        of the seed and its prompt's number, so the models share it."""
         path = str(self.folder / MODELS[model])
         tokenizer = load_tokenizer(path)
         data = dataclasses.replace(self.config.data, validation=f"task:sorting/test?seed=2000&size={num_prompts}")
@@ -78,7 +77,7 @@ class Seed:
         return json.loads((self.folder / stage / "result.json").read_text(encoding="utf-8"))
 
 
-def llmscale(*arguments: str) -> None:
+def run_stage(*arguments: str) -> None:
     print("llmscale", *arguments, file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "llmscale.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
@@ -115,16 +114,14 @@ def comparison_table(rows: dict[int, dict[str, Any]]) -> list[str]:
 
 def training_table(seeds: Sequence[Seed]) -> list[str]:
     lines = [
-        "| seed | reward model's accuracy | learned reward before | after | KL to SFT, nats | seconds |",
-        "|---|---|---|---|---|---|",
+        "| seed | reward model's accuracy | learned reward before | after | KL to SFT, nats |",
+        "|---|---|---|---|---|",
     ]
     for seed in seeds:
-        results = {stage: seed.result(stage) for stage in ("pretrain", "sft", "reward", "rlhf")}
-        accuracy, rlhf = results["reward"]["metrics"]["eval/accuracy"], results["rlhf"]
+        accuracy, rlhf = seed.result("reward")["metrics"]["eval/accuracy"], seed.result("rlhf")
         before, after = rlhf["before"]["eval/reward/mean"], rlhf["metrics"]["eval/reward/mean"]
-        seconds = " + ".join(f"{r['seconds']:.0f}" for r in results.values())
         kl = rlhf["metrics"]["kl/ref"]
-        lines.append(f"| {seed.seed} | {100 * accuracy:.1f} | {before:+.2f} | {after:+.2f} | {kl:.2f} | {seconds} |")
+        lines.append(f"| {seed.seed} | {100 * accuracy:.1f} | {before:+.2f} | {after:+.2f} | {kl:.2f} |")
     return [*lines, ""]
 
 
@@ -135,16 +132,21 @@ def report(seeds: Sequence[Seed], num_prompts: int) -> str:
     lines = [
         "# What RLHF is worth on the demo",
         "",
-        f"`python {shlex.join(sys.argv)}` on {datetime.date.today()}; {os.cpu_count()} CPU cores ({platform.machine()}), "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s), no GPU.",
+        f"`python tests/bench/demo_effect.py --seeds {' '.join(str(s.seed) for s in seeds)} --prompts {num_prompts}` "
+        f"on {datetime.date.today()}; {os.cpu_count()} CPU cores, no GPU. Each stage ran as",
         "",
-        f"Each model answers the same {num_prompts} held-out prompts of `task:sorting/test` (no training split has their "
-        "words) once. True score: percent of answers that are exactly right by the rule, which no training saw. "
-        "*SFT continued* is the control: SFT going on from the SFT model on the same demonstrations for the "
+        f"    llmscale STAGE {shlex.join(PLACE)} experiment=demo run.seed=SEED",
+        "",
+        "which is what the demo's Ray pools compute, in one process.",
+        "",
+        f"Each model answers the same {num_prompts} held-out prompts of `task:sorting/test` once; no training split "
+        "has their words. True score: percent of answers that are exactly right by the rule, which no training saw. *SFT "
+        "continued* is the control: SFT going on from the SFT model, on the same demonstrations, for the "
         f"{policy_steps(config)} optimizer steps that RLHF gave its policy (batches of "
-        f"{config.algorithm.global_batch_size}, peak learning rate {config.optim.lr:g}, as there). Differences are paired "
-        "by prompt, in points: mean ± 1.96 standard errors of the paired differences (ddof 1), which is a 95% interval "
-        "over prompts within one seed, by the normal approximation.",
+        f"{config.algorithm.global_batch_size}, peak learning rate {config.optim.lr:g}, as there). Differences are "
+        "paired by prompt, in points: mean ± 1.96 standard errors of the paired differences (ddof 1), the normal "
+        "approximation of a 95% interval. It covers the choice of prompts and their sampling within a seed; how much "
+        "training differs from seed to seed shows between the rows.",
         "",
         "## Sampled at temperature 1, with common random numbers",
         "",
@@ -154,9 +156,8 @@ def report(seeds: Sequence[Seed], num_prompts: int) -> str:
         *comparison_table(greedy),
         "## Training",
         "",
-        "The reward model's accuracy is over pairs of held-out rankings. The learned reward is standardised and is the mean "
-        "over the run's own held-out prompts; KL is per completion, at the last step. Seconds: wall clock of pretrain + sft "
-        "+ reward + rlhf.",
+        "The reward model's accuracy is over pairs of held-out rankings. The learned reward is standardised and is the "
+        "mean over the run's own held-out prompts; KL is per completion, at the last step.",
         "",
         *training_table(seeds),
     ]

@@ -50,8 +50,33 @@ def test_the_same_config_resumes_in_a_new_attempt(tmp_path: Path):
         run.close()
 
 
-def test_another_config_is_refused_with_the_difference_and_leaves_no_lock(tmp_path: Path):
+def begun(directory: Path) -> None:
+    """A run that has trained."""
+    open_run(directory, Config()).close()
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def test_a_first_try_that_a_typo_stopped_does_not_claim_the_name(tmp_path: Path):
     open_run(tmp_path, Config()).close()
+    open_run(tmp_path, Config(optim=Optim(lr=0.2))).close()
+    assert "lr: 0.2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_what_results_do_not_depend_on_may_change(tmp_path: Path):
+    @dataclass
+    class Later(Config):
+        cluster: dict[str, int] = field(default_factory=lambda: {"workers": 1})
+
+    open_run(tmp_path, Later()).close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    open_run(tmp_path, Later(cluster={"workers": 2})).close()
+    assert "workers: 2" in (tmp_path / "config.yaml").read_text()
+    with pytest.raises(RunError, match="lr"):
+        open_run(tmp_path, Later(cluster={"workers": 3}, optim=Optim(lr=0.2)))
+
+
+def test_another_config_is_refused_with_the_difference_and_leaves_no_lock(tmp_path: Path):
+    begun(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(RunError) as caught:
         open_run(tmp_path, Config(optim=Optim(lr=0.2)))
@@ -63,7 +88,7 @@ def test_another_config_is_refused_with_the_difference_and_leaves_no_lock(tmp_pa
 
 
 def test_a_long_difference_is_cut_after_ten_lines(tmp_path: Path):
-    open_run(tmp_path, Config()).close()
+    begun(tmp_path)
     with pytest.raises(RunError) as caught:
         open_run(tmp_path, Config(optim=Optim(lr=0.2, extra={f"x{i:02d}": i for i in range(13)})))
     lines = caught.value.what.splitlines()

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from llmscale import distributed
 from llmscale.engine.config import DeepSpeedConfig, SingleConfig
 from llmscale.engine.single import SingleEngine
@@ -38,7 +40,7 @@ def main(folder: Path) -> None:
         scenarios.run_all(zero_config(stage), own, foreign_checkpoint=folder / f"zero{stage}" / "checkpoint_fp32")
     sharding(zero_config(3), folder / "zero3x2")
     refused_engine(folder / "zero3x2")
-    distributed.leave()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +49,24 @@ def own_score(model: ScalarModel, sample: Trajectory) -> float:
 
 
 def test_is_the_models_own_number_at_the_last_token(model, folder, samples):
-    rewards = LearnedReward(LearnedConfig(path=folder, standardize=False), tokenizer())(samples)
+    rewards = LearnedReward(LearnedConfig(path=folder), tokenizer())(samples)
     assert rewards == pytest.approx([own_score(model, s) for s in samples], abs=1e-5)
     assert np.std(rewards) > 0.1  # else this could not fail
 
 
-def test_standardised_by_what_the_model_was_saved_with(folder, samples):
-    plain = LearnedReward(LearnedConfig(path=folder, standardize=False), tokenizer())(samples)
-    rewards = LearnedReward(LearnedConfig(path=folder), tokenizer())(samples)
-    assert rewards == pytest.approx([(x - MEAN) / STD for x in plain], abs=1e-6)
+def test_the_model_standardises_by_what_it_was_saved_with(model, folder, samples):
+    """The critic that starts from it speaks on the same scale."""
+    head = [(x * STD + MEAN) for x in LearnedReward(LearnedConfig(path=folder), tokenizer())(samples)]
+    ids = torch.from_numpy(samples[0].token_ids)[None]
+    with torch.no_grad():
+        hidden = model.hf.base_model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None]).last_hidden_state
+        assert model.hf.score(hidden)[0, -1, 0].item() == pytest.approx(head[0], abs=1e-5)
+
+
+def test_a_completion_that_was_cut_off_can_have_a_reward_of_its_own(folder, samples):
+    cut = [dataclasses.replace(s, finished=i % 2 == 0) for i, s in enumerate(samples)]
+    rewards = LearnedReward(LearnedConfig(path=folder, unfinished=-3.0), tokenizer())(cut)
+    assert all((r == -3.0) == (not s.finished) for r, s in zip(rewards, cut, strict=True))
 
 
 def test_a_model_saved_without_them_is_taken_as_it_is(samples, tmp_path: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from llmscale.errors import DataError
 from llmscale.rewards.config import AnswerConfig, Match
 from llmscale.rewards.rules import AnswerReward, final_number
 from tests.tiny import tokenizer, trajectory
@@ -72,11 +71,3 @@ def test_number(completion: str, answer: object, right: float):
 )
 def test_exact(completion: str, answer: object, right: float):
     assert reward(Match.exact, completion, answer) == right
-
-
-def test_a_column_that_is_not_there_is_named():
-    sample = trajectory([1, 2], [0, 1], completion="5", question="?", solution="5")
-    with pytest.raises(DataError, match=r"no column 'answer'") as caught:
-        AnswerReward(AnswerConfig(), tokenizer())([sample])
-    assert caught.value.where == "reward.column" and "question, solution" in str(caught.value.fix)
-    assert AnswerReward(AnswerConfig(column="solution"), tokenizer())([sample]) == [1.0]
