@@ -55,6 +55,10 @@ def shared_data() -> Path:
     return folder
 
 
+def _parent(entry: Path) -> int:
+    return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+
+
 def _left_behind() -> dict[int, str]:
     """Living processes, other than this one, that carry the session's marker: pid -> command line."""
     found = {}
@@ -66,7 +70,8 @@ def _left_behind() -> dict[int, str]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
         except OSError:  # it ended while we looked, or belongs to another user
             continue
-        if MARKER.encode() in environment and command and "multiprocessing.resource_tracker" not in command:
+        own_helper = "from multiprocessing." in command and _parent(entry) == os.getpid()  # ends with this process
+        if MARKER.encode() in environment and command and not own_helper:
             found[int(entry.name)] = command
     return found
 

@@ -57,7 +57,7 @@ class DeepSpeedEngine(FrozenEngine):
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=build_optimizer(optim, self.model),
-            config=deepspeed_json(config, optim, distributed.world_size()),
+            config=deepspeed_json(config, optim, distributed.world_size(), sum(p.numel() for p in model.parameters())),
         )
         self.num_steps = 0
 
@@ -113,9 +113,11 @@ class DeepSpeedEngine(FrozenEngine):
         return self.module(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
 
 
-def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's config: the user's overrides with what is typed on top. Batch sizes are 1 because accumulation is
-    steered by hand, a different number of micro-batches each step."""
+def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's config: a few defaults, the user's overrides over them, and what is typed on top. Batch sizes are 1
+    because accumulation is steered by hand, a different number of micro-batches each step."""
+    # Its own default is a buffer of 2 GB, however small the model.
+    defaults = {"zero_optimization": {"reduce_bucket_size": min(num_parameters, 500_000_000)}}
     typed = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -128,7 +130,7 @@ def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int)
     }
     if config.precision is Precision.bf16:  # in bf16 the sum over many micro-batches would lose the small ones
         typed["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(config.overrides, typed)
+    return _merged(_merged(defaults, config.overrides), typed)
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

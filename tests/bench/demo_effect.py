@@ -70,7 +70,7 @@ class Seed:
         prompts = load_prompts(data, tokenizer, rollout.max_new_tokens).validation
         engine = build(rollout, load_language_model(path), tokenizer, self.seed, ChatRenderer(tokenizer).stop_ids)
         rule = build(self.config.true_reward, tokenizer)
-        requests = [SamplingRequest(prompt, draw_id, 0) for draw_id, prompt in enumerate(prompts)]
+        requests = [SamplingRequest(prompt, -1 - i, 0) for i, prompt in enumerate(prompts)]  # no draw of training
         return np.array([score for unit in micro_batches(requests, UNIT_SIZE) for score in rule(engine.generate(unit))])
 
     def result(self, stage: str) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def report(seeds: Sequence[Seed], num_prompts: int) -> str:
         "which is what the demo's Ray pools compute, in one process.",
         "",
         f"Each model answers the same {num_prompts} held-out prompts of `task:sorting/test` once; no training split "
-        "has their words. True score: percent of answers that are exactly right by the rule, which no training saw. *SFT "
-        "continued* is the control: SFT going on from the SFT model, on the same demonstrations, for the "
+        "has their words. True score: percent of answers that are exactly right by the rule, which no training saw. "
+        "*SFT continued* is the control: SFT going on from the SFT model, on the same demonstrations, for the "
         f"{policy_steps(config)} optimizer steps that RLHF gave its policy (batches of "
         f"{config.algorithm.global_batch_size}, peak learning rate {config.optim.lr:g}, as there). Differences are "
         "paired by prompt, in points: mean ± 1.96 standard errors of the paired differences (ddof 1), the normal "

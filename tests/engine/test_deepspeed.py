@@ -42,7 +42,7 @@ def test_overrides_are_merged_under_what_is_typed():
 
     overrides = {"zero_optimization": {"reduce_bucket_size": 123}, "wall_clock_breakdown": True}
     config = DeepSpeedConfig(zero_stage=1, overrides=overrides, precision=Precision.bf16)
-    merged = deepspeed_json(config, OptimConfig(grad_clip=0.7), world_size=4)
+    merged = deepspeed_json(config, OptimConfig(grad_clip=0.7), world_size=4, num_parameters=1000)
     assert merged["zero_optimization"] == {"reduce_bucket_size": 123, "stage": 1}
     assert merged["wall_clock_breakdown"] is True and merged["bf16"] == {"enabled": True}
     assert merged["gradient_clipping"] == 0.7 and merged["train_batch_size"] == 4

@@ -1,4 +1,6 @@
-"""Running the command line in forked children: torch is imported once, in the parent, so that a run costs a second."""
+"""Running the command line in children of a fork server, which imports torch once, so that a run costs a second. Not in
+forks of the tests' own process: DeepSpeed maps so much memory into that one that it cannot be forked any more.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers  # noqa: F401  here and not in every child
-
-from llmscale.cli import main
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["llmscale.stages.rlhf", "llmscale.stages.supervised", "llmscale.stages.use"])
 
 TINY = {
     "pretrain": [
@@ -52,7 +52,7 @@ def pipeline(run_dir: Path, *overrides: str) -> list[str]:
 
 
 def start(argv: list[str], log: Path) -> multiprocessing.process.BaseProcess:
-    child = multiprocessing.get_context("fork").Process(target=_run, args=(argv, log))
+    child = SERVER.Process(target=_run, args=(argv, log))
     child.start()
     return child
 
@@ -103,6 +103,10 @@ def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _run(argv: list[str], log: Path) -> None:
+    import torch
+
+    from llmscale.cli import main
+
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
