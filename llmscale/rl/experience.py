@@ -32,6 +32,18 @@ class Algorithm(Protocol):
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A trajectory with its reward, and what each model says of its tokens: float32 [T]."""
+
+    trajectory: Trajectory
+    reward: float
+    true_reward: float | None  # only watched; None where there is none
+    old_logprobs: np.ndarray  # the trainer's, before the update
+    ref_logprobs: np.ndarray
+    values: np.ndarray  # the critic's, of the state before each token
+
+
+@dataclass(frozen=True)
 class Experience:
     """One trajectory ready for updates. Arrays are float32 [T] and 0 where the policy did not produce the token."""
 
@@ -44,24 +56,21 @@ class Experience:
 
 
 def build_experience(
-    algorithm: Algorithm,
-    trajectories: Sequence[Trajectory],
-    rewards: Sequence[float],
-    old_logprobs: Sequence[np.ndarray],
-    ref_logprobs: Sequence[np.ndarray],
-    values: Sequence[np.ndarray],
-    kl_coef: float,
+    algorithm: Algorithm, scored: Sequence[Scored], kl_coef: float
 ) -> tuple[list[Experience], dict[str, float]]:
     """Advantages and returns of one step's trajectories, whitened over all of them, and the step's metrics.
 
     The reward of a token is -kl_coef * (log policy - log ref) (k1, in the reward: Ouyang et al. 2022, eq. 2); a
     trajectory's own reward is added at its last token.
     """
+    trajectories = [s.trajectory for s in scored]
     mask = pad_rows([t.loss_mask for t in trajectories], value=False).bool()
-    old, ref, value = (_padded(arrays, mask) for arrays in (old_logprobs, ref_logprobs, values))
+    old = _padded([s.old_logprobs for s in scored], mask)
+    ref = _padded([s.ref_logprobs for s in scored], mask)
+    value = _padded([s.values for s in scored], mask)
     rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
     kl = torch.where(mask, estimate(old, ref, "k1"), torch.zeros_like(old))
-    scores = torch.tensor(rewards, dtype=torch.float32)
+    scores = torch.tensor([s.reward for s in scored], dtype=torch.float32)
     token_rewards = -kl_coef * kl
     last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
     token_rewards[torch.arange(len(last)), last] += scores
@@ -76,6 +85,9 @@ def build_experience(
         "rollout/cut_off": sum(not t.finished for t in trajectories) / len(trajectories),
         "rollout/logprob_diff": float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max()),
     }
+    true = [s.true_reward for s in scored if s.true_reward is not None]
+    if true:
+        metrics["reward/true"] = float(np.mean(true))
     experience = [
         Experience(
             t.token_ids,

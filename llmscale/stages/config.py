@@ -121,7 +121,7 @@ class CriticConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-@option(STAGE, "rlhf", builds="llmscale.stages.rlhf:run")
+@option(STAGE, "rlhf", builds="llmscale.stages.rlhf_run:run")
 @dataclass
 class RlhfConfig(StageConfig):
     """`model` is the policy's start and the reference; `optim` is the policy's."""

@@ -12,6 +12,7 @@ from llmscale.batch import Trajectory
 from llmscale.errors import NumericsError
 from llmscale.rl.config import PPOConfig
 from llmscale.rl.experience import (
+    Scored,
     build_experience,
     check_on_policy,
     check_rewards,
@@ -24,6 +25,11 @@ from tests.tiny import trajectory
 # Lambda and gamma 1, no whitening: a token's return is the sum of the rewards that follow it.
 PLAIN = PPO(PPOConfig(lam=1.0, gamma=1.0, whiten_advantages=False))
 KL_COEF = 0.1
+
+
+def experience_of(algorithm, trajectories, rewards, old, ref, values, kl_coef):
+    rows = zip(trajectories, rewards, old, ref, values, strict=True)
+    return build_experience(algorithm, [Scored(t, float(r), None, o, f, v) for t, r, o, f, v in rows], kl_coef)
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def arrays(trajectories: list[Trajectory], seed: int) -> list[np.ndarray]:
 def test_reward_at_the_last_own_token_and_kl_on_every_one(trajectories):
     old, ref, values = (arrays(trajectories, seed) for seed in (1, 2, 3))
     scores = [1.0, -2.0, 0.5]
-    experience, metrics = build_experience(PLAIN, trajectories, scores, old, ref, values, KL_COEF)
+    experience, metrics = experience_of(PLAIN, trajectories, scores, old, ref, values, KL_COEF)
     kls = []
     for i, (t, e) in enumerate(zip(trajectories, experience, strict=True)):
         own = np.flatnonzero(t.loss_mask)
@@ -70,8 +76,8 @@ def test_what_stands_on_other_tokens_changes_nothing(trajectories):
     masks = [t.loss_mask for t in trajectories]
     dirty = [[np.where(m, row, np.nan) for m, row in zip(masks, part, strict=True)] for part in clean]
     algorithm = PPO(PPOConfig())
-    first, metrics = build_experience(algorithm, trajectories, [1, 2, 3], *clean, KL_COEF)
-    second, same = build_experience(algorithm, trajectories, [1, 2, 3], *dirty, KL_COEF)
+    first, metrics = experience_of(algorithm, trajectories, [1, 2, 3], *clean, KL_COEF)
+    second, same = experience_of(algorithm, trajectories, [1, 2, 3], *dirty, KL_COEF)
     assert metrics == same
     for a, b in zip(first, second, strict=True):
         for name in ("old_logprobs", "old_values", "advantages", "returns"):
@@ -80,15 +86,15 @@ def test_what_stands_on_other_tokens_changes_nothing(trajectories):
 
 def test_advantages_are_whitened_over_the_whole_step(trajectories):
     inputs = [arrays(trajectories, seed) for seed in (1, 2, 3)]
-    experience, _ = build_experience(PPO(PPOConfig()), trajectories, [1, 2, 3], *inputs, KL_COEF)
+    experience, _ = experience_of(PPO(PPOConfig()), trajectories, [1, 2, 3], *inputs, KL_COEF)
     own = np.concatenate([e.advantages[e.loss_mask] for e in experience])
     assert own.mean() == pytest.approx(0, abs=1e-6) and own.std() == pytest.approx(1, abs=1e-5)
 
 
 def test_order_of_trajectories_does_not_matter(trajectories):
     inputs = [arrays(trajectories, seed) for seed in (1, 2, 3)]
-    one, _ = build_experience(PLAIN, trajectories, [1, 2, 3], *inputs, KL_COEF)
-    other, _ = build_experience(PLAIN, trajectories[::-1], [3, 2, 1], *(part[::-1] for part in inputs), KL_COEF)
+    one, _ = experience_of(PLAIN, trajectories, [1, 2, 3], *inputs, KL_COEF)
+    other, _ = experience_of(PLAIN, trajectories[::-1], [3, 2, 1], *(part[::-1] for part in inputs), KL_COEF)
     for a, b in zip(one, other[::-1], strict=True):
         np.testing.assert_allclose(a.advantages, b.advantages, atol=1e-6)
 
@@ -115,10 +121,10 @@ def test_samples_that_the_trainer_would_not_have_drawn_are_refused(trajectories,
     """Trainer and rollout disagree on one token of one trajectory, or the trainer has no number for it."""
     old = [t.rollout_logprobs.copy() for t in trajectories]
     zeros = [np.zeros(len(t.token_ids), dtype=np.float32) for t in trajectories]
-    _, metrics = build_experience(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
+    _, metrics = experience_of(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
     check_on_policy(metrics, 1e-4)
     old[1][5] += broken
-    _, metrics = build_experience(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
+    _, metrics = experience_of(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
     with pytest.raises(NumericsError):
         check_on_policy(metrics, 1e-4)
 

@@ -61,7 +61,8 @@ def test_samples_are_complete_enough_to_train_from(finished: Path) -> None:
         own = np.array(sample["loss_mask"], dtype=bool)
         assert own.any() and not own[0]
         assert (np.array(sample["rollout_logprobs"])[own] < 0).all()
-        assert math.isfinite(sample["reward"]) and sample["prompt"].startswith("sort ")
+        assert math.isfinite(sample["reward"]) and sample["true_reward"] in (0.0, 1.0)
+        assert sample["prompt"].startswith("sort ")
 
 
 def test_what_is_exported_loads_in_plain_transformers_and_generates_the_same(finished: Path, tmp_path: Path) -> None:

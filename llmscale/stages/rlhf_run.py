@@ -1,0 +1,205 @@
+"""The run around the RLHF loop: opening and resuming it, its pools, checkpoints, records and result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmscale.batch import Prompt
+from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
+from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
+from llmscale.checkpoint.run_state import RunState
+from llmscale.cluster.pool import WorkerPool, opened_pools
+from llmscale.cluster.publish import VersionCounter
+from llmscale.config import to_dict
+from llmscale.data.splits import load_prompts
+from llmscale.errors import ConfigError
+from llmscale.models.loading import load_tokenizer, saved_context_length
+from llmscale.protocols import State, Tracker
+from llmscale.rl.experience import Scored
+from llmscale.stages.config import RlhfConfig, check_context
+from llmscale.stages.rlhf import Metrics, Rlhf
+from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
+from llmscale.tracking.composite import open_trackers
+from llmscale.tracking.jsonl import last_metrics
+
+TRAINED = {"policy": PolicyRole, "critic": CriticRole}
+ROLES = TRAINED | {"reference": ReferenceRole, "reward": RewardRole, "rollout": RolloutRole}
+
+
+def run(config: RlhfConfig) -> dict[str, Any]:
+    """Start, resume, or return what a finished run found."""
+    with closing(open_run(config.run_dir, config)) as directory:
+        finished = directory.result()
+        if finished is None:
+            finished = RlhfRun(config, directory).train()
+            directory.finish(finished)
+        return finished
+
+
+class RlhfRun:
+    """One attempt of a run."""
+
+    def __init__(self, config: RlhfConfig, directory: RunDirectory):
+        self.config, self.directory = config, directory
+        path = str(config.model.path)
+        check_context(config, saved_context_length(path))
+        self.prompts = load_prompts(config.data, load_tokenizer(path), config.rollout.max_new_tokens)
+        check_columns(config, [*self.prompts.train, *self.prompts.validation])
+        self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
+        self.first_eval: Metrics = {}
+
+    def train(self) -> dict[str, Any]:
+        """Resume or start, train to the end, export."""
+        started = time.perf_counter()
+        skipped: list[dict[str, str]] = []
+        checkpoint = self.store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
+        status = "failed"
+        tracker = self.tracker = self.open_tracker(checkpoint)
+        try:
+            for broken in skipped:
+                tracker.event("checkpoint_skipped", **broken)
+            tracker.event("plan", **plan(self.config))
+            with self.pools() as pools:
+                self.train_on(pools, checkpoint)
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            tracker.finish(status)
+        return {
+            "stage": "rlhf",
+            "run_dir": str(self.config.run_dir),
+            "steps": self.config.training.num_steps,
+            "seconds": time.perf_counter() - started,
+            "example": (self.prompts.validation or self.prompts.train)[0].text,
+            "before": self.first_eval,
+            "metrics": last_metrics(self.directory.path),
+        }
+
+    def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
+        training = self.config.training
+        rlhf = Rlhf(self.config, self.prompts, pools, VersionCounter(self.directory.path / "weight_version"))
+        state = RunState()
+        state.register("loop", Progress(rlhf, self))
+        if checkpoint is not None:
+            self.restore(rlhf, state, checkpoint)
+        else:
+            self.first_eval = rlhf.evaluate()
+            if self.first_eval:
+                self.tracker.log(0, self.first_eval)
+        while rlhf.step < training.num_steps:
+            metrics, samples = rlhf.iterate()
+            if self.due(rlhf.step, training.eval_every_steps):
+                metrics |= rlhf.evaluate()
+            self.tracker.samples(rlhf.step, [sample_record(s) for s in samples])
+            self.tracker.log(rlhf.step, metrics)
+            if self.due(rlhf.step, training.save_every_steps):
+                self.save(rlhf, state)
+        pools["policy"].call(PolicyRole.export, str(self.directory.hf.resolve())).wait()
+
+    def save(self, rlhf: Rlhf, state: RunState) -> None:
+        def write(directory: Path) -> None:
+            for name, role in TRAINED.items():
+                (directory / name).mkdir()
+                rlhf.pools[name].call(role.save, str((directory / name).resolve())).wait()
+            state.save(directory)
+
+        started = time.perf_counter()
+        path = self.store.save(rlhf.step, write)
+        seconds = round(time.perf_counter() - started, 3)
+        self.tracker.event("checkpoint", step=rlhf.step, path=str(path), seconds=seconds)
+
+    def restore(self, rlhf: Rlhf, state: RunState, checkpoint: Checkpoint) -> None:
+        state.load(checkpoint.path)
+        for name, role in TRAINED.items():
+            rlhf.pools[name].call(role.load, str((checkpoint.path / name).resolve())).wait()
+        rlhf.publish()
+        self.tracker.event("resumed", step=rlhf.step, checkpoint=str(checkpoint.path))
+
+    @contextmanager
+    def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
+        config_file = str((self.directory.path / "config.yaml").resolve())
+        builds = {name: partial(role, config_file) for name, role in ROLES.items()}
+        started = time.perf_counter()
+        with opened_pools(self.config.cluster, builds, self.directory.attempt_dir) as pools:
+            workers = {name: pool.num_workers for name, pool in pools.items()}
+            self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
+            yield pools
+
+    def open_tracker(self, checkpoint: Checkpoint | None) -> Tracker:
+        return open_trackers(
+            self.config.tracking,
+            run_dir=self.directory.path,
+            run_id=run_id(self.directory.path),
+            title="rlhf",
+            total_steps=self.config.training.num_steps,
+            resume_step=checkpoint.step if checkpoint else -1,
+            run_config=to_dict(self.config),
+        )
+
+    def due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.training.num_steps
+
+
+class Progress:
+    """What the driver itself must remember over a restart."""
+
+    def __init__(self, rlhf: Rlhf, run: RlhfRun):
+        self.rlhf, self.run = rlhf, run
+
+    def state_dict(self) -> State:
+        return {"step": self.rlhf.step, "first_eval": self.run.first_eval}
+
+    def load_state_dict(self, state: State) -> None:
+        self.rlhf.step, self.run.first_eval = state["step"], state["first_eval"]
+
+
+def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
+    for name in ("reward", "true_reward"):
+        reward = getattr(config, name)
+        for column in reward.needs_columns() if reward is not None else []:
+            lacking = next((p for p in prompts if column not in p.fields), None)
+            if lacking is not None:
+                what = f"{name}={reward.name} needs the column {column!r}, which the prompt {lacking.text!r} lacks"
+                raise ConfigError(what, where=f"{name}.column", fix=f"It has: {', '.join(lacking.fields) or 'none'}.")
+
+
+def plan(config: RlhfConfig) -> dict[str, Any]:
+    """The batch arithmetic, so that nobody has to guess."""
+    prompts, group = config.training.prompts_per_step, config.rollout.group_size
+    minibatches_per_epoch = -(-prompts * group // config.algorithm.global_batch_size)
+    return {
+        "prompts": prompts,
+        "group_size": group,
+        "sequences": prompts * group,
+        "minibatches": minibatches_per_epoch,
+        "epochs": config.algorithm.num_epochs,
+        "optimizer_steps": config.training.num_steps * config.algorithm.num_epochs * minibatches_per_epoch,
+        "micro_batch_size": config.engine.micro_batch_size,
+        "workers": {name: getattr(config.cluster, name).num_workers for name in ROLES},
+    }
+
+
+def sample_record(sample: Scored) -> dict[str, Any]:
+    """A line of samples.jsonl, complete enough to train from."""
+    trajectory = sample.trajectory
+    return {
+        "draw_id": trajectory.draw_id,
+        "sample_index": trajectory.sample_index,
+        "prompt": trajectory.prompt.text,
+        "completion": trajectory.completion,
+        "reward": sample.reward,
+        "true_reward": sample.true_reward,
+        "finished": trajectory.finished,
+        "token_ids": trajectory.token_ids.tolist(),
+        "loss_mask": trajectory.loss_mask.astype(int).tolist(),
+        "rollout_logprobs": [round(float(x), 6) for x in trajectory.rollout_logprobs],
+        "weight_versions": trajectory.weight_versions.tolist(),
+    }
