@@ -36,7 +36,7 @@ TINY = {
     ],
 }
 SAVE_OFTEN = ["training.save_every_steps=2", "training.eval_every_steps=3"]
-DEADLINE_S = 90.0
+DEADLINE_S = 400.0  # these machines are slow when they are shared
 
 
 def arguments(stage: str, run_dir: Path, *overrides: str) -> list[str]:
@@ -80,7 +80,7 @@ def kill_when(condition: Callable[[], bool], argv: list[str], log: Path, how: in
         time.sleep(0.005)
     assert child.pid is not None
     os.kill(child.pid, how)
-    child.join(30)
+    child.join(60)
     assert child.exitcode is not None
     return child.exitcode
 
