@@ -70,7 +70,7 @@ class Seed:
         prompts = load_prompts(data, tokenizer, rollout.max_new_tokens).validation
         engine = build(rollout, load_language_model(path), tokenizer, self.seed, ChatRenderer(tokenizer).stop_ids)
         rule = build(self.config.true_reward, tokenizer)
-        requests = [SamplingRequest(prompt, -1 - i, 0) for i, prompt in enumerate(prompts)]  # no draw of training
+        requests = [SamplingRequest(prompt, draw_id, 0) for draw_id, prompt in enumerate(prompts)]
         return np.array([score for unit in micro_batches(requests, UNIT_SIZE) for score in rule(engine.generate(unit))])
 
     def result(self, stage: str) -> dict[str, Any]:
