@@ -16,7 +16,7 @@ SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "llmscale", "co
 EXPERIMENTS = sorted(p.relative_to(ROOT / "conf/experiment").with_suffix("") for p in ROOT.glob("conf/experiment/*/*"))
 
 # Some values have no default: what a stage starts from, and its data. Name each once and compose again; an experiment
-# leaves open only what it starts from.
+# leaves open only what it starts from, and perhaps its data.
 COMPOSE = """
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ for stage, *overrides in [[s] for s in config.options("stage")] + [a.split("+") 
             compose.compose(stage, [*overrides, *(f"{path}=anywhere" for path in named)])
             break
         except ConfigError as error:
-            if not error.where or error.where in named or (overrides and not error.where.endswith("path")):
+            if not error.where or error.where in named or (overrides and not error.where.endswith(("path", "data.train"))):
                 raise
             named[error.where] = True
     print(stage, *overrides)

@@ -59,7 +59,7 @@ def test_smallest_size_is_plain_bytes():
 def test_too_small_a_size_is_refused():
     with pytest.raises(ConfigError, match="at least 261") as caught:
         train_tokenizer(iter(CORPUS), MIN_VOCAB_SIZE - 1, 64)
-    assert caught.value.where == "vocab_size"
+    assert caught.value.where == "model.vocab_size"
 
 
 def test_same_texts_give_the_same_tokenizer():

@@ -154,7 +154,6 @@ def test_the_mean_over_rankings_that_are_not_all_tied(kind: str):
     assert metrics["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]))
     assert metrics["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
     assert metrics["score"] == pytest.approx(np.mean(flat), abs=1e-5)
-    assert metrics["score_squared"] == pytest.approx(np.mean(np.square(flat)), abs=1e-5)
     assert metrics["num_tokens"] == sum(len(s) for e in examples for s in e.sequences)
 
 

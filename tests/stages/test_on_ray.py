@@ -68,7 +68,7 @@ def weight_difference(a: Path, b: Path) -> float:
 
 def test_two_ranks_killed_and_resumed_equal_one_process(chain: Path, tmp_path: Path) -> None:
     assert MARKER.split("=")[0] in os.environ
-    longer = ["training.num_steps=40", "optim.lr=1e-4"]
+    longer = ["training.num_steps=100", "optim.lr=1e-4"]
     argv = arguments("sft", tmp_path, f"model.path={chain}/demo/pretrain", *TWO_RANKS, *longer)
     argv = [a for a in argv if a not in ("engine=single", "cluster=local")]
     run_dir, log = tmp_path / "demo" / "sft", tmp_path / "log"
@@ -88,7 +88,7 @@ def test_two_ranks_killed_and_resumed_equal_one_process(chain: Path, tmp_path: P
 
 def test_rlhf_on_separate_pools_interrupted_killed_and_finished(chain: Path, tmp_path: Path) -> None:
     """Ctrl-C, then kill -9 of the driver, then the end: with the numbers of the undisturbed run in one process."""
-    paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward"]
+    paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward", "training.num_steps=12"]
     argv = [a for a in arguments("rlhf", tmp_path, *paths, *POOLS) if a not in ("engine=single", "cluster=local")]
     run_dir, log = tmp_path / "demo" / "rlhf", tmp_path / "log"
     latest = run_dir / "checkpoints"
@@ -108,4 +108,4 @@ def test_rlhf_on_separate_pools_interrupted_killed_and_finished(chain: Path, tmp
             assert ours[name] == pytest.approx(reference[name], abs=1e-3)
     assert weight_difference(run_dir, local / "demo" / "rlhf") < 1e-3
     versions = [s["weight_versions"][-1] for s in records(run_dir / "samples.jsonl")]
-    assert versions == sorted(versions) and len(set(versions)) == 5  # one for each step, none repeated
+    assert versions == sorted(versions) and len(set(versions)) == 12  # one for each step, none repeated
