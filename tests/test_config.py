@@ -508,3 +508,7 @@ def test_comments_stand_behind_or_above_a_field():
     assert texts["micro_batch_size"].startswith("examples of one forward"), "inherited, and over several lines"
     above = comments(llmscale.data.config.DataConfig)["train"]
     assert re.match(r"\.txt, \.jsonl", above)
+
+
+def test_an_experiment_decides_over_the_stage():
+    assert (composed("rlhf").optim.lr, composed("rlhf", "experiment=demo").optim.lr) == (1e-4, 3e-4)

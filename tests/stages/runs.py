@@ -26,8 +26,10 @@ TINY = {
         "data.max_records=500",
     ],
     "sft": ["training.num_steps=6", "data.max_records=200"],
-    "reward": ["training.num_steps=6", "data.max_records=100", "data.validation=null"],
+    "reward": ["training.num_steps=6", "optim.lr=3e-4", "data.max_records=100", "data.validation=null"],
     "rlhf": [
+        "optim.lr=1e-4",
+        "critic.optim.lr=3e-4",
         "training.num_steps=5",
         "training.prompts_per_step=16",
         "algorithm.global_batch_size=16",
