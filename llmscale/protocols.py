@@ -67,11 +67,14 @@ class TrainEngine(Protocol):
         """Collective: every rank exhausts it, rank 0 receives the weights, one bucket at a time; a tied weight once."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's part of model and optimizer state into `directory`."""
+    def snapshot(self) -> Callable[[Path], None]:
+        """Collective: a copy of this rank's part of model and optimizer state, on the CPU. What it returns writes that
+        copy into a directory; it takes part in no collective, so another thread may call it while training goes on."""
         ...
 
-    def load(self, directory: Path) -> None: ...
+    def load(self, directory: Path) -> None:
+        """Take up what `snapshot` wrote; the caller has verified the files."""
+        ...
 
     def export(self, directory: Path, tokenizer: Any) -> None:
         """Collective: write the model as Hugging Face safetensors (rank 0 writes)."""

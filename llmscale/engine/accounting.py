@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,3 +98,12 @@ def parameter_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[dict[str,
         size += num_bytes
     if bucket:
         yield bucket
+
+
+def copied_to_cpu(state: Any) -> Any:
+    """A state dict with every tensor copied to the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: copied_to_cpu(value) for key, value in state.items()}
+    return type(state)(map(copied_to_cpu, state)) if isinstance(state, list | tuple) else state

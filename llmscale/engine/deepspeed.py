@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -84,10 +84,13 @@ class DeepSpeedEngine(FrozenEngine):
             with gathered:
                 yield {n: p.detach() for n, p in bucket.items()} if distributed.rank() == 0 else {}
 
-    def save(self, directory: Path) -> None:
-        # save_latest=False: DeepSpeed would write it before every rank is done; our commit protocol has its own.
-        state = {"num_steps": self.num_steps, "world_size": distributed.world_size()}
-        self.module.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+    def snapshot(self) -> Callable[[Path], None]:
+        def write(directory: Path) -> None:
+            # save_latest=False: DeepSpeed would write it before every rank is done; our commit protocol has its own.
+            state = {"num_steps": self.num_steps, "world_size": distributed.world_size()}
+            self.module.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
+
+        return write
 
     def load(self, directory: Path) -> None:
         """DeepSpeed unpickles its files; the caller has checked their digests against the manifest that we wrote."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmscale import distributed
 from llmscale.batch import Batch
-from llmscale.engine.accounting import StepTotals, check_grad_norm, parameter_buckets, same_number_on_all_ranks
+from llmscale.engine.accounting import (
+    StepTotals,
+    check_grad_norm,
+    copied_to_cpu,
+    parameter_buckets,
+    same_number_on_all_ranks,
+)
 from llmscale.engine.config import SingleConfig
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import ConfigError
@@ -57,12 +63,22 @@ class SingleEngine(FrozenEngine):
         for bucket in parameter_buckets(self.model, bucket_bytes):
             yield {name: parameter.detach() for name, parameter in bucket.items()}
 
-    def save(self, directory: Path) -> None:
-        save_model(self.model, str(directory / "model.safetensors"))
-        torch.save({"optimizer": self.optimizer.state_dict(), "num_steps": self.num_steps}, directory / "optimizer.pt")
+    def snapshot(self) -> Callable[[Path], None]:
+        weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
+        optimizer = copied_to_cpu(self.optimizer.state_dict())
+        num_steps = self.num_steps
+
+        def write(directory: Path) -> None:
+            save_file(weights, directory / "model.safetensors")
+            torch.save({"optimizer": optimizer, "num_steps": num_steps}, directory / "optimizer.pt")
+
+        return write
 
     def load(self, directory: Path) -> None:
-        load_model(self.model, str(directory / "model.safetensors"), device=str(self.device))
+        saved = load_file(directory / "model.safetensors", device=str(self.device))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(saved[name])
         state = torch.load(directory / "optimizer.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.num_steps = state["num_steps"]

@@ -53,7 +53,7 @@ class TrainedRole:
         return metrics
 
     def save(self, directory: str) -> None:
-        self.engine.save(Path(directory))
+        self.engine.snapshot()(Path(directory))
         fsync_tree(Path(directory))  # by the host that wrote it
 
     def load(self, directory: str) -> None:

@@ -153,7 +153,7 @@ class SupervisedRun:
         started = time.perf_counter()
         path = self.store.save(
             step,
-            self.engine.save,
+            self.engine.snapshot(),
             rank=self.world.rank,
             world_size=self.world.size,
             barrier=distributed.barrier,

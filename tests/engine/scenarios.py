@@ -131,7 +131,7 @@ def train_and_resume(bench: Bench, precision: str, optim: OptimConfig, num_steps
     for step in range(num_steps):
         metrics.append(engine.step(batches(step), LANGUAGE))
         if engine.num_steps == saved_at:
-            engine.save(checkpoint)
+            engine.snapshot()(checkpoint)
     bench.keep(precision, metrics, engine)
     distributed.barrier()
     resumed = bench.engine(language_model(seed=9), **settings)

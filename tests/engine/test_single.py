@@ -106,7 +106,7 @@ def test_a_step_of_no_examples_is_a_step():
 
 def test_a_scalar_model_is_saved_and_loaded(tmp_path: Path):
     one = SingleEngine(SingleConfig(), scalar_model(seed=1), OPTIM, NUM_STEPS)
-    one.save(tmp_path)
+    one.snapshot()(tmp_path)
     other = SingleEngine(SingleConfig(), scalar_model(seed=2), OPTIM, NUM_STEPS)
     other.load(tmp_path)
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):

@@ -82,7 +82,7 @@ def test_a_resumed_loop_goes_on_where_the_other_stopped(tmp_path: Path):
     train(whole, OBJECTIVE, recording([]), NUM_STEPS, [Hook(1, lambda s, m: losses.update({s: m["train/loss"]}))])
 
     interrupted = engine()
-    train(interrupted, OBJECTIVE, recording([]), 3, [Hook(3, lambda s, m: interrupted.save(tmp_path))])
+    train(interrupted, OBJECTIVE, recording([]), 3, [Hook(3, lambda s, m: interrupted.snapshot()(tmp_path))])
     asked: list[int] = []
     resumed, again = engine(), {}
     resumed.load(tmp_path)
