@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = [
     ["errors"],
-    ["config", "compose", "randomness", "batch", "protocols", "functional", "distributed", "tracking"],
+    ["config", "compose", "randomness", "packing", "batch", "protocols", "functional", "distributed", "tracking"],
     ["models", "checkpoint", "optim"],
     ["objectives", "data", "engine", "rewards", "rl", "rollout"],
     ["training", "cluster", "evaluation"],

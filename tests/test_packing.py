@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmscale.packing import best_fit
+
+
+def reference(lengths: list[int], capacity: int) -> list[list[int]]:
+    """As it is defined: for each, longest first, look through every row."""
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rooms = [capacity - sum(lengths[i] for i in row) for row in rows]
+        fitting = [r for r in range(len(rows)) if rooms[r] >= lengths[index]]
+        if fitting:
+            rows[min(fitting, key=lambda r: rooms[r])].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_it_is_best_fit_decreasing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 51, size=rng.integers(1, 41)).tolist()
+    rows = best_fit(lengths, 50)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    filled = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert filled == sorted(sum(lengths[i] for i in row) for row in reference(lengths, 50))
+    assert all(total <= 50 for total in filled)
+
+
+def test_rows_are_nearly_full_on_lengths_like_those_of_documents() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 1, size=5000).astype(int).clip(1, 1024)
+    rows = best_fit(lengths, 1024)
+    assert lengths.sum() / (len(rows) * 1024) > 0.99
+
+
+def test_what_is_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="51"):
+        best_fit([3, 51], 50)
+
+
+def test_nothing_needs_no_row() -> None:
+    assert best_fit([], 8) == []
