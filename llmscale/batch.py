@@ -6,13 +6,15 @@ Legend: B rows, T tokens of a row, K completions of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from llmscale.packing import best_fit
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,61 @@ class Batch:
         return int(self.tensors["lengths"].sum())
 
 
+class Layout:
+    """Where each sequence of a micro-batch stands. With `row_tokens` 0 each has a row of its own; otherwise they are packed
+    into rows of at most `row_tokens` (or of the longest sequence, if that is longer), and positions restart at each.
+
+    Legend: S sequences, B rows, T tokens of the longest row.
+    """
+
+    def __init__(self, lengths: Sequence[int], row_tokens: int = 0):
+        self.lengths = list(lengths)
+        rows = [[i] for i in range(len(self.lengths))]
+        if row_tokens and self.lengths:
+            rows = sorted(best_fit(self.lengths, max(row_tokens, *self.lengths)))
+        self.rows = rows
+        self.shape = (max(len(rows), 1), max((sum(self.lengths[i] for i in row) for row in rows), default=1))
+        self._starts = [0] * len(self.lengths)  # in the flattened [B * T]
+        for number, row in enumerate(rows):
+            column = number * self.shape[1]
+            for index in row:
+                self._starts[index] = column
+                column += self.lengths[index]
+
+    def place(self, arrays: Sequence[np.ndarray], fill: float | int | bool = 0) -> Tensor:
+        """One array [T_i] a sequence -> [B, T], `fill` where there is none."""
+        dtype = arrays[0].dtype if arrays else np.asarray(fill).dtype
+        out = np.full(self.shape[0] * self.shape[1], fill, dtype=dtype)
+        for start, array in zip(self._starts, arrays, strict=True):
+            out[start : start + len(array)] = array
+        return torch.from_numpy(out.reshape(self.shape))
+
+    def take(self, values: Tensor) -> list[Tensor]:
+        """The inverse: [B, T] -> one [T_i] a sequence."""
+        flat = values.flatten()
+        return [flat[start : start + length] for start, length in zip(self._starts, self.lengths, strict=True)]
+
+    @property
+    def ends(self) -> Tensor:
+        """int64 [S]: where each sequence's last token stands in the flattened [B * T]."""
+        return torch.tensor([start + n - 1 for start, n in zip(self._starts, self.lengths, strict=True)]).long()
+
+    def tensors(
+        self, token_ids: Sequence[np.ndarray], position_ids: Sequence[np.ndarray | None] | None = None
+    ) -> dict[str, Tensor]:
+        """`input_ids`, `position_ids` [B, T] and `lengths` [B]. Padding continues a row's positions, so that it is never
+        taken for the start of another document."""
+        given = position_ids or [None] * len(token_ids)
+        own = [np.arange(len(ids)) if p is None else p for ids, p in zip(token_ids, given, strict=True)]
+        lengths = torch.tensor([sum(self.lengths[i] for i in row) for row in self.rows] or [0])
+        positions = self.place(own).long()
+        column = torch.arange(self.shape[1])
+        last = positions.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1))
+        beyond = column >= lengths.unsqueeze(1)
+        positions = torch.where(beyond, last + 1 + column - lengths.unsqueeze(1), positions)
+        return {"input_ids": self.place(token_ids).long(), "position_ids": positions, "lengths": lengths}
+
+
 def pad_rows(rows: list[np.ndarray], value: float | int | bool = 0) -> Tensor:
     """Stack ragged rows [T_i] into [B, T], padded on the right with `value`; no rows give one of [1, 1]."""
     length = max((len(row) for row in rows), default=1)
@@ -101,14 +158,6 @@ def pad_rows(rows: list[np.ndarray], value: float | int | bool = 0) -> Tensor:
     return torch.from_numpy(out)
 
 
-def token_tensors(rows: list[np.ndarray], position_ids: list[np.ndarray | None] | None = None) -> dict[str, Tensor]:
-    """`input_ids`, `position_ids` [B, T] and `lengths` [B] of right-padded rows. Padding continues a row's positions,
-    so that it is never taken for the start of another document."""
-    input_ids = pad_rows(rows)
-    positions = torch.arange(input_ids.shape[1]).repeat(len(input_ids), 1)
-    for i, own in enumerate(position_ids or []):
-        if own is not None:
-            positions[i, : len(own)] = torch.from_numpy(own)
-            positions[i, len(own) :] = int(own[-1]) + 1 + torch.arange(input_ids.shape[1] - len(own))
-    lengths = torch.tensor([len(row) for row in rows] or [0])
-    return {"input_ids": input_ids, "position_ids": positions, "lengths": lengths}
+def token_tensors(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """`input_ids`, `position_ids` [B, T] and `lengths` [B] of right-padded rows, a sequence each."""
+    return Layout([len(row) for row in rows]).tensors(rows)

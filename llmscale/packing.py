@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 import numpy as np
 
@@ -39,3 +40,24 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
                 open_rows[room - length] = []
             open_rows[room - length].append(row)
     return rows
+
+
+def balanced(lengths: Sequence[int] | np.ndarray, capacity: int, multiple: int = 1) -> list[list[int]]:
+    """Parts of at most `capacity` each (or of one sequence), as few as that takes, their number a multiple of `multiple`, and
+    nearly equal: the longest first, each to the lightest part (Graham 1969). The heaviest part comes first.
+
+    For micro-batches: dealt out to `multiple` ranks in turn, all of them have as many, of nearly the same size.
+    """
+    given = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-given, kind="stable").tolist()
+    count = 0
+    while True:
+        count = max(count + multiple, -(-int(np.minimum(given, capacity).sum()) // (capacity * multiple)) * multiple)
+        lightest = [(0, part) for part in range(count)]
+        parts: list[list[int]] = [[] for _ in range(count)]
+        for index in order:
+            load, part = lightest[0]
+            parts[part].append(index)
+            heapreplace(lightest, (load + int(given[index]), part))
+        if all(len(parts[part]) <= 1 or load <= capacity for load, part in lightest):
+            return [parts[part] for load, part in sorted(lightest, key=lambda p: (-p[0], p[1]))]

@@ -12,8 +12,24 @@ from torch import Tensor
 
 from llmscale.batch import Batch, Prompt, Trajectory
 
-Forward = Callable[[Batch], Tensor]  # a model applied to a batch: logits [B, T, V], or one scalar per token [B, T]
 State = dict[str, Any]  # what a component writes into a checkpoint: JSON values and tensors
+
+
+class Forward(Protocol):
+    """A model applied to a batch."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Logits [B, T, V] of a language model, one scalar per token [B, T] of a reward model or critic; fp32."""
+        ...
+
+    def logprobs(
+        self, batch: Batch, mask: Tensor, temperature: float = 1.0, entropy: str = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """log p(x_t | x_<t) of the tokens that `mask` [B, T] selects, and the entropy in nats of the distribution that
+        predicts each, fp32 [B, T]; 0 elsewhere, and at t = 0, which nothing predicts. `temperature` divides the logits, as
+        it did where the token was sampled. `entropy`: none (zeros), value (without gradient) or grad. The logits of all
+        tokens are never held at once."""
+        ...
 
 
 @dataclass
@@ -27,8 +43,9 @@ class LossSums:
 class Objective(Protocol):
     """How examples become a batch and a batch becomes a loss. It knows nothing of engines or ranks."""
 
-    def prepare(self, examples: Sequence[Any]) -> Batch:
-        """Build one micro-batch and count each loss term in it. No examples give a valid batch of zero counts."""
+    def prepare(self, examples: Sequence[Any], row_tokens: int = 0) -> Batch:
+        """Build one micro-batch and count each loss term in it. No examples give a valid batch of zero counts.
+        `row_tokens` is `llmscale.batch.Layout`'s: whether and how sequences share rows, which changes no number."""
         ...
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llmscale.batch import Batch, pad_rows, token_tensors
+from llmscale.batch import Batch, Layout, pad_rows, token_tensors
 from tests.tiny import trajectory
 
 
@@ -17,10 +17,26 @@ def test_rows_are_padded_on_the_right():
 
 def test_positions_of_packed_rows_go_on_into_the_padding():
     rows = [np.arange(5), np.arange(3), np.arange(2)]
-    tensors = token_tensors(rows, [np.array([0, 1, 0, 1, 2]), np.array([0, 0, 1]), None])
+    tensors = Layout([5, 3, 2]).tensors(rows, [np.array([0, 1, 0, 1, 2]), np.array([0, 0, 1]), None])
     assert tensors["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
     assert tensors["lengths"].tolist() == [5, 3, 2]
     assert Batch(tensors).num_tokens == 10
+
+
+def test_sequences_share_rows_and_come_apart_again():
+    sequences = [np.full(n, i + 1) for i, n in enumerate([3, 6, 2, 5])]
+    layout = Layout([3, 6, 2, 5], row_tokens=8)
+    tensors = layout.tensors(sequences)
+    assert tensors["input_ids"].tolist() == [[2, 2, 2, 2, 2, 2, 3, 3], [4, 4, 4, 4, 4, 1, 1, 1]]
+    assert tensors["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2]]
+    assert tensors["lengths"].tolist() == [8, 8]
+    assert tensors["input_ids"].flatten()[layout.ends].tolist() == [1, 2, 3, 4]
+    for taken, sequence in zip(layout.take(tensors["input_ids"]), sequences, strict=True):
+        assert taken.tolist() == sequence.tolist()
+
+
+def test_a_sequence_longer_than_a_row_has_one_of_its_own_length():
+    assert Layout([9, 3, 4], row_tokens=4).shape == (2, 9)
 
 
 def test_no_rows_give_one_without_tokens():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmscale.packing import best_fit
+from llmscale.packing import balanced, best_fit
 
 
 def reference(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -43,3 +43,12 @@ def test_what_is_longer_than_a_row_is_refused() -> None:
 
 def test_nothing_needs_no_row() -> None:
     assert best_fit([], 8) == []
+
+
+def test_balanced_parts_are_few_and_even() -> None:
+    lengths = np.random.default_rng(0).integers(20, 200, size=100)
+    parts = balanced(lengths, 1024, multiple=4)
+    loads = [int(lengths[part].sum()) for part in parts]
+    assert len(parts) == 4 * -(-int(lengths.sum()) // 4096)
+    assert max(loads) <= 1024 and max(loads) - min(loads) < 30
+    assert loads == sorted(loads, reverse=True)

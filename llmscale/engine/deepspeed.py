@@ -111,9 +111,9 @@ class DeepSpeedEngine(FrozenEngine):
         if distributed.rank() == 0:
             save_hf(self.model, tokenizer, directory, weights)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _call(self, **inputs: Any) -> Any:
         """DeepSpeed has cast the weights itself."""
-        return self.module(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
+        return self.module(**inputs)
 
 
 def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int, num_parameters: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals, empty_rows, same_number_on_all_ranks
 from llmscale.engine.config import EngineConfig, Precision
+from llmscale.models.forward import ModelForward
 from llmscale.models.loading import Model
 from llmscale.protocols import Forward, Objective
 
@@ -25,6 +27,7 @@ class FrozenEngine:
         self.config, self.device = config, distributed.device()
         self.model = model.to(self.device)
         self.module = self.model
+        self._forward = ModelForward(self._call)
 
     @torch.no_grad()
     def forward(
@@ -44,7 +47,7 @@ class FrozenEngine:
             totals.add(objective.loss(self._forward, batch.to(self.device)))
         return totals.metrics()
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _call(self, **inputs: Any) -> Any:
         bf16 = self.config.precision is Precision.bf16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.module(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).float()
+            return self.module(**inputs)

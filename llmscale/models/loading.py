@@ -26,7 +26,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from llmscale.errors import ModelError, NumericsError
+from llmscale.functional import token_entropy, token_logprobs
 from llmscale.models.config import ModelConfig
+from llmscale.models.head import install_token_head, scored
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -37,11 +39,31 @@ class LanguageModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
+        self._plain_head = install_token_head(hf) is not None
         self.hf: Any = hf  # its attributes differ from architecture to architecture
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: str = "none",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, T, V]; with `mask` [B, T], log-probability and entropy [B, T] of the tokens that it selects, as in
+        `llmscale.protocols.Forward.logprobs`."""
         # use_cache=False in the call: with a cache transformers does not detect packed rows and lets documents leak.
-        return self.hf(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if mask is None:
+            return self.hf(**inputs).logits
+        if self._plain_head:
+            hidden = self.hf.base_model(**inputs).last_hidden_state
+            return scored(self.hf.get_output_embeddings(), hidden, input_ids, mask, temperature, entropy)
+        logits = self.hf(**inputs).logits
+        with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
+            entropies = token_entropy(logits, temperature) if entropy != "none" else torch.zeros(mask.shape)
+        logprobs, zero = token_logprobs(logits, input_ids, temperature), logits.new_zeros((), dtype=torch.float32)
+        return torch.where(mask, logprobs, zero), torch.where(mask, entropies.to(logits.device), zero)
 
 
 class ScalarModel(nn.Module):

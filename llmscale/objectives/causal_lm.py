@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmscale.batch import Batch, TokenExample, pad_rows, token_tensors
-from llmscale.functional import masked_sum, token_logprobs
+from llmscale.batch import Batch, Layout, TokenExample
+from llmscale.functional import masked_sum
 from llmscale.objectives.config import CausalLMConfig
 from llmscale.protocols import Forward, LossSums
 
@@ -20,14 +20,14 @@ class CausalLM:
     def __init__(self, config: CausalLMConfig):
         self.config = config
 
-    def prepare(self, examples: Sequence[TokenExample]) -> Batch:
-        tensors = token_tensors([e.token_ids for e in examples], [e.position_ids for e in examples])
-        targets = [e.loss_mask & _has_predecessor(e) for e in examples]
-        tensors["loss_mask"] = pad_rows(targets, value=False).bool()
+    def prepare(self, examples: Sequence[TokenExample], row_tokens: int = 0) -> Batch:
+        layout = Layout([len(e.token_ids) for e in examples], row_tokens)
+        tensors = layout.tensors([e.token_ids for e in examples], [e.position_ids for e in examples])
+        tensors["loss_mask"] = layout.place([e.loss_mask & _has_predecessor(e) for e in examples], fill=False)
         return Batch(tensors, {"tokens": float(tensors["loss_mask"].sum())})
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
-        logprobs = token_logprobs(forward(batch), batch["input_ids"])
+        logprobs, _ = forward.logprobs(batch, batch["loss_mask"])
         return LossSums({"tokens": -masked_sum(logprobs, batch["loss_mask"])})
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmscale.batch import Batch, RankedExample, token_tensors
-from llmscale.functional import last_token, masked_sum
+from llmscale.batch import Batch, Layout, RankedExample
+from llmscale.functional import masked_sum
 from llmscale.objectives.config import RankingConfig
 from llmscale.protocols import Forward, LossSums
 
@@ -53,7 +53,7 @@ class Ranking:
     def __init__(self, config: RankingConfig):
         self.config = config
 
-    def prepare(self, examples: Sequence[RankedExample]) -> Batch:
+    def prepare(self, examples: Sequence[RankedExample], row_tokens: int = 0) -> Batch:
         rows: list[np.ndarray] = []
         ranks: list[int] = []
         group: list[int] = []
@@ -66,8 +66,9 @@ class Ranking:
             rows += list(example.sequences)
             ranks += list(example.ranks)
             group += [index] * len(example.ranks)
-        tensors = token_tensors(rows)
-        tensors |= {"ranks": torch.tensor(ranks), "group": torch.tensor(group)}
+        layout = Layout([len(row) for row in rows], row_tokens)
+        tensors = layout.tensors(rows) | {"ends": layout.ends}
+        tensors |= {"ranks": torch.tensor(ranks).long(), "group": torch.tensor(group).long()}
         tensors |= {"winners": torch.tensor(winners).long(), "losers": torch.tensor(losers).long()}
         untied = sum(len(set(e.ranks)) > 1 for e in examples)
         return Batch(
@@ -76,13 +77,13 @@ class Ranking:
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
         output = forward(batch)
-        scores = last_token(output, batch["lengths"])
+        scores = output.flatten()[batch["ends"]]
         # Zero, but with a path to the weights: a rank without examples must take part in the backward.
         total = masked_sum(output, torch.zeros_like(output))
         for index in batch["group"].unique():
             own = (batch["group"] == index).nonzero().squeeze(-1)
             total = total + ranking_loss(scores[own], batch["ranks"][own], self.config.kind.name)
-        scores = scores.detach()[: len(batch["ranks"])]
+        scores = scores.detach()
         margins = scores[batch["winners"]] - scores[batch["losers"]]
         metrics = {
             "accuracy": ((margins > 0).float().sum(), "pairs"),

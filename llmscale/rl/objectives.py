@@ -8,20 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmscale.batch import Batch, pad_rows, token_tensors
-from llmscale.functional import masked_sum, token_entropy, token_logprobs
+from llmscale.batch import Batch, Layout
+from llmscale.functional import masked_sum
 from llmscale.protocols import Forward, LossSums
 from llmscale.rl.experience import Algorithm, Experience
 
 FIELDS = ("old_logprobs", "old_values", "advantages", "returns")
 
 
-def prepare_experience(examples: Sequence[Experience], term: str) -> Batch:
-    """Right-padded rows with everything that an update needs; counts the policy's own tokens under `term`."""
-    tensors = token_tensors([e.token_ids for e in examples])
-    tensors["loss_mask"] = pad_rows([e.loss_mask for e in examples], value=False).bool()
+def prepare_experience(examples: Sequence[Experience], term: str, row_tokens: int) -> Batch:
+    """Rows with everything that an update needs; counts the policy's own tokens under `term`."""
+    layout = Layout([len(e.token_ids) for e in examples], row_tokens)
+    tensors = layout.tensors([e.token_ids for e in examples])
+    tensors["loss_mask"] = layout.place([e.loss_mask for e in examples], fill=False)
     for name in FIELDS:
-        tensors[name] = pad_rows([getattr(e, name) for e in examples], value=0.0).float()
+        tensors[name] = layout.place([getattr(e, name) for e in examples], fill=0.0).float()
     return Batch(tensors, {term: float(tensors["loss_mask"].sum())})
 
 
@@ -31,14 +32,13 @@ class PolicyObjective:
     def __init__(self, algorithm: Algorithm, temperature: float, entropy_coef: float):
         self.algorithm, self.temperature, self.entropy_coef = algorithm, temperature, entropy_coef
 
-    def prepare(self, examples: Sequence[Experience]) -> Batch:
-        return prepare_experience(examples, "policy")
+    def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
+        return prepare_experience(examples, "policy", row_tokens)
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
-        logits, mask = forward(batch), batch["loss_mask"]
-        logprobs = token_logprobs(logits, batch["input_ids"], self.temperature)
-        with torch.set_grad_enabled(self.entropy_coef > 0 and torch.is_grad_enabled()):
-            entropy = token_entropy(logits, self.temperature)
+        mask = batch["loss_mask"]
+        wanted = "grad" if self.entropy_coef > 0 else "value"
+        logprobs, entropy = forward.logprobs(batch, mask, self.temperature, wanted)
         losses, metrics = self.algorithm.loss(logprobs, batch)
         log_ratio = logprobs.detach() - batch["old_logprobs"]
         metrics |= {"entropy": entropy.detach(), "approx_kl": log_ratio.exp() - 1 - log_ratio}
@@ -52,8 +52,8 @@ class ValueObjective:
     def __init__(self, algorithm: Algorithm):
         self.algorithm = algorithm
 
-    def prepare(self, examples: Sequence[Experience]) -> Batch:
-        return prepare_experience(examples, "value")
+    def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
+        return prepare_experience(examples, "value", row_tokens)
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
         losses = self.algorithm.value_loss(state_values(forward(batch)), batch)

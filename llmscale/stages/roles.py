@@ -14,7 +14,7 @@ from torch import Tensor
 
 import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
-from llmscale.batch import Batch, Trajectory, token_tensors
+from llmscale.batch import Batch, Trajectory, pad_rows, token_tensors
 from llmscale.checkpoint.durable import commit_directory, fsync_tree
 from llmscale.cluster.publish import BUCKET_BYTES, receive, send
 from llmscale.config import build, load
@@ -22,7 +22,6 @@ from llmscale.data.chat import ChatRenderer
 from llmscale.data.loader import micro_batches, shard
 from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
-from llmscale.functional import token_logprobs
 from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
 from llmscale.optim.config import OptimConfig
 from llmscale.protocols import Forward, Objective, SamplingRequest, TrainEngine
@@ -153,17 +152,22 @@ Compute = Callable[[Forward, Batch], dict[str, Tensor]]
 
 
 def logprobs_at(temperature: float) -> Compute:
-    return lambda forward, batch: {"out": token_logprobs(forward(batch), batch["input_ids"], temperature)}
+    return lambda forward, batch: {"out": forward.logprobs(batch, batch["loss_mask"], temperature)[0]}
 
 
 def token_values(
     engine: TrainEngine | FrozenEngine, trajectories: Sequence[Trajectory], config: RlhfConfig, compute: Compute
 ) -> list[np.ndarray]:
     """Run `compute` over the trajectories in micro-batches and cut the padding off again."""
-    parts = micro_batches([t.token_ids for t in trajectories], config.engine.micro_batch_size)
-    outputs = engine.forward([Batch(token_tensors(part)) for part in parts], compute)
+    parts = micro_batches(trajectories, config.engine.micro_batch_size)
+    outputs = engine.forward([_batch_of(part) for part in parts], compute)
     rows = [row for output in outputs for row in output["out"].numpy()]
     return [row[: len(t.token_ids)] for t, row in zip(trajectories, rows, strict=True)]
+
+
+def _batch_of(trajectories: Sequence[Trajectory]) -> Batch:
+    tensors = token_tensors([t.token_ids for t in trajectories])
+    return Batch(tensors | {"loss_mask": pad_rows([t.loss_mask for t in trajectories], value=False)})
 
 
 def torch_dtype(config: RlhfConfig) -> torch.dtype:

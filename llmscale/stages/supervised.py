@@ -28,7 +28,6 @@ from llmscale.data.loader import SampleOrder, micro_batches, shard
 from llmscale.data.sources import read_records
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.tokenizer import train_tokenizer
-from llmscale.functional import last_token
 from llmscale.models.loading import (
     Model,
     check_isolation,
@@ -188,7 +187,7 @@ class SupervisedRun:
         completions, else of as many of the training ones."""
         examples = self.split.validation or self.split.train[:256]
         batches = self.prepare(shard(examples, self.world.rank, self.world.size))
-        outputs = self.engine.forward(batches, lambda f, b: {"scores": last_token(f(b), b["lengths"])})
+        outputs = self.engine.forward(batches, lambda f, b: {"scores": f(b).flatten()[b["ends"]]})
         scores = np.array(distributed.gather([x for output in outputs for x in output["scores"].tolist()]))
         config = self.engine.model.hf.config
         mean, std = (

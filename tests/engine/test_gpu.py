@@ -9,6 +9,7 @@ import torch
 
 from llmscale.data.chat import ChatRenderer
 from llmscale.engine.config import DeepSpeedConfig, EngineConfig, Precision, SingleConfig
+from llmscale.models.forward import ModelForward
 from llmscale.objectives.causal_lm import CausalLM
 from llmscale.objectives.config import CausalLMConfig
 from llmscale.optim.config import OptimConfig
@@ -38,7 +39,7 @@ def engine_of(config: EngineConfig, model):
 def test_the_loss_of_a_step_is_that_of_the_cpu(config: EngineConfig) -> None:
     model = language_model()
     batch = OBJECTIVE.prepare(token_examples([9, 14, 5]))
-    on_cpu = OBJECTIVE.loss(lambda b: copy.deepcopy(model)(b["input_ids"], b["position_ids"]), batch)
+    on_cpu = OBJECTIVE.loss(ModelForward(copy.deepcopy(model)), batch)
     expected = float(on_cpu.terms["tokens"]) / batch.counts["tokens"]
     engine = engine_of(config, model)
     assert engine.device.type == "cuda"

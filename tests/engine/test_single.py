@@ -43,15 +43,16 @@ def test_equals_a_bare_loop():
     ours = engine()
     for step in range(NUM_STEPS):
         b = batch(step)
-        sums = OBJECTIVE.loss(lambda b: model(b["input_ids"], b["position_ids"]), b)
-        loss = sums.terms["tokens"] / b.counts["tokens"]
+        logits = model(b["input_ids"], b["position_ids"])[:, :-1][b["loss_mask"][:, 1:]]
+        targets = b["input_ids"][:, 1:][b["loss_mask"][:, 1:]]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / len(targets)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         metrics = ours.step([b], OBJECTIVE)
-        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-7)  # ours is divided in float64
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)  # ours is divided in float64
         assert metrics["grad_norm"] == norm.item()
     for (name, bare), own in zip(model.named_parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(bare, own), name

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from llmscale.batch import Batch, TokenExample
 from llmscale.engine.accounting import StepTotals
+from llmscale.models.forward import ModelForward
+from llmscale.models.head import TokenHead, scored
 from llmscale.objectives.causal_lm import CausalLM
 from llmscale.objectives.config import CausalLMConfig
-from tests.tiny import language_model, packed, token_examples
+from tests.tiny import VOCAB_SIZE, language_model, packed, token_examples
 
 OBJECTIVE = CausalLM(CausalLMConfig())
 LENGTHS = [9, 4, 12, 7, 1, 15]
@@ -24,7 +26,7 @@ def step(model: nn.Module, batches: Sequence[Batch]) -> tuple[float, Tensor]:
     model.zero_grad()
     totals = StepTotals(batches)
     for batch in batches:
-        totals.add(OBJECTIVE.loss(lambda b: model(b["input_ids"], b["position_ids"]), batch)).backward()
+        totals.add(OBJECTIVE.loss(ModelForward(model), batch)).backward()
     return totals.metrics()["loss"], torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -76,18 +78,53 @@ def test_the_order_of_examples_changes_nothing():
     assert_same_step(step(model, [OBJECTIVE.prepare(examples)]), step(model, [OBJECTIVE.prepare(examples[::-1])]))
 
 
+class HeadOnly:
+    """A forward of which only the output layer is left."""
+
+    def __init__(self, head: TokenHead, hidden: Tensor):
+        self.head, self.hidden = head, hidden
+
+    def logprobs(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return scored(self.head, self.hidden, batch["input_ids"], mask, 1.0, "none")
+
+
 def test_nan_in_masked_slots_changes_nothing():
     batch = OBJECTIVE.prepare(token_examples(LENGTHS))
     torch.manual_seed(0)
-    clean = torch.randn(*batch["input_ids"].shape, 64)
+    clean = torch.randn(*batch["input_ids"].shape, 8)
     predicts = torch.nn.functional.pad(batch["loss_mask"], (0, 1))[:, 1:]  # token t-1 predicts token t
     dirty = torch.where(predicts[..., None], clean, float("nan"))
-    results = []
-    for logits in (clean.requires_grad_(), dirty.requires_grad_()):
-        loss = OBJECTIVE.loss(lambda _, logits=logits: logits, batch).terms["tokens"]
+    head, results = TokenHead(8, VOCAB_SIZE), []
+    for hidden in (clean.requires_grad_(), dirty.requires_grad_()):
+        head.zero_grad()
+        loss = OBJECTIVE.loss(HeadOnly(head, hidden), batch).terms["tokens"]
         loss.backward()
-        results.append((loss.item(), logits.grad[predicts]))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+        results.append((loss.item(), hidden.grad, head.weight.grad.clone()))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(results[0][1:], results[1][1:], strict=True))
+
+
+def test_padding_on_the_left_changes_nothing():
+    model, examples = language_model(), token_examples(LENGTHS)
+    right = OBJECTIVE.prepare(examples)
+    width = right["input_ids"].shape[1]
+    shift = [width - len(e.token_ids) for e in examples]
+    moved = {
+        name: torch.stack([row.roll(by) for row, by in zip(right[name], shift, strict=True)])
+        for name in ("input_ids", "loss_mask")
+    }
+    # Padding is a document of its own, whose positions end where the real one's begin.
+    positions = torch.stack([torch.cat([torch.arange(by), torch.arange(width - by)]) for by in shift])
+    left = Batch(moved | {"position_ids": positions, "lengths": right["lengths"]}, right.counts)
+    assert_same_step(step(model, [right]), step(model, [left]))
+
+
+@pytest.mark.parametrize("row_tokens", [15, 24, 1000])
+def test_documents_that_share_rows_change_nothing(row_tokens: int):
+    model, examples = language_model(), token_examples(LENGTHS)
+    batch = OBJECTIVE.prepare(examples, row_tokens)
+    assert len(batch["input_ids"]) < len(examples)
+    assert_same_step(step(model, [OBJECTIVE.prepare(examples)]), step(model, [batch]))
 
 
 def test_a_documents_first_token_is_no_target():

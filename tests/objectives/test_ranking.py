@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmscale.batch import Batch, RankedExample
 from llmscale.engine.accounting import StepTotals
+from llmscale.models.forward import ModelForward
 from llmscale.objectives.config import RankingConfig, RankingKind
 from llmscale.objectives.ranking import Ranking, ranking_loss, untied_pairs
 from tests.tiny import VOCAB_SIZE, scalar_model
@@ -126,7 +127,7 @@ def step(model: nn.Module, kind: str, batches: Sequence[Batch]) -> tuple[dict[st
     model.zero_grad()
     totals = StepTotals(batches)
     for batch in batches:
-        totals.add(objective(kind).loss(lambda b: model(b["input_ids"], b["position_ids"]), batch)).backward()
+        totals.add(objective(kind).loss(ModelForward(model), batch)).backward()
     return totals.metrics(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -166,6 +167,18 @@ def test_the_split_into_micro_batches_changes_nothing(kind: str, sizes: list[int
     whole, gradient = step(model, kind, [objective(kind).prepare(examples)])
     split, same = step(model, kind, [objective(kind).prepare(part) for part in parts])
     assert split == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row_tokens", [12, 25, 1000])
+def test_completions_that_share_rows_change_nothing(kind: str, row_tokens: int):
+    model, examples = scalar_model(), ranked(RANKINGS)
+    padded, gradient = step(model, kind, [objective(kind).prepare(examples)])
+    batch = objective(kind).prepare(examples, row_tokens)
+    assert batch["input_ids"].shape[1] <= row_tokens and len(batch["input_ids"]) < len(batch["ranks"])
+    packed, same = step(model, kind, [batch])
+    assert packed == pytest.approx(padded, rel=1e-5, abs=1e-6)
     assert (gradient - same).norm() < 1e-5 * gradient.norm()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals
 from llmscale.functional import token_entropy, token_logprobs
+from llmscale.models.forward import ModelForward
 from llmscale.rl.config import PPOConfig
 from llmscale.rl.experience import Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
@@ -38,7 +39,7 @@ def policy_objective(entropy_coef: float = 0.0, **config: float) -> PolicyObject
 
 
 def forward_of(model: nn.Module):
-    return lambda batch: model(batch["input_ids"], batch["position_ids"])
+    return ModelForward(model)
 
 
 def step(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> tuple[dict[str, float], Tensor]:
@@ -99,6 +100,16 @@ def test_the_entropy_bonus_is_part_of_loss_and_gradient():
     (-0.5 * token_entropy(forward_of(model)(batch), TEMPERATURE)[mask].mean()).backward()
     own = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (gradient - without - own).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("objective", [policy_objective(0.5), ValueObjective(PPO(PPOConfig()))])
+def test_sequences_that_share_rows_change_nothing(objective: Objective):
+    model = language_model() if isinstance(objective, PolicyObjective) else scalar_model()
+    examples = experiences([9, 6, 12, 4])
+    padded, gradient = step(model, objective, [objective.prepare(examples)])
+    packed, same = step(model, objective, [objective.prepare(examples, 16)])
+    assert packed == pytest.approx(padded, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
 
 
 def test_values_stand_before_their_token():

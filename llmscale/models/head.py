@@ -1,0 +1,86 @@
+"""The output layer of a decoder that can also score given tokens, without ever holding the logits of all of them.
+
+Legend: N scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = (
+    256 << 20
+)  # of fp32 logits held at once; more tokens than that are scored in parts, recomputed in the backward
+
+
+class TokenHead(nn.Linear):
+    """A linear output layer. With `targets` it returns their log-probabilities instead of logits.
+
+    All parts are scored within one call of this module: ZeRO-3 gathers a module's weights once a call, and ranks with
+    different numbers of tokens would otherwise wait for each other.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, entropy: str = "none"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden: [..., H]; targets: [N] (then hidden is [N, H]). `entropy` is none (zeros), value, or grad.
+
+        Returns logits [..., V]; or log p of each target and the entropy of its distribution in nats, fp32 [N] each.
+        """
+        if targets is None:
+            return super().forward(hidden)
+        rows = max(1, CHUNK_BYTES // (4 * self.out_features))
+        if len(targets) <= rows:
+            return self._score(hidden, targets, temperature, entropy)
+        parts = [
+            checkpoint(self._score, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: str) -> tuple[Tensor, Tensor]:
+        logits = super().forward(hidden).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        logprobs = -nn.functional.cross_entropy(logits, targets, reduction="none")
+        if entropy == "none":
+            return logprobs, torch.zeros_like(logprobs)
+        with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
+            every = torch.log_softmax(logits, dim=-1)
+            return logprobs, -(every.exp() * every).sum(-1)
+
+
+def install_token_head(hf: PreTrainedModel) -> TokenHead | None:
+    """Replace the output layer by a TokenHead with the same weights; None, and nothing is changed, where the model does more
+    than a linear layer between its last hidden state and its logits (soft-capping, scaling)."""
+    old = hf.get_output_embeddings()
+    if type(old) is not nn.Linear or not _is_all_there_is(hf, old):
+        return None
+    head = TokenHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+    head.weight, head.bias = old.weight, old.bias  # the same parameters: tied ones stay tied
+    hf.set_output_embeddings(head)
+    return head
+
+
+@torch.no_grad()
+def _is_all_there_is(hf: PreTrainedModel, head: nn.Linear) -> bool:
+    was_training = hf.training
+    hf.eval()
+    ids = torch.arange(1, 5, device=head.weight.device).unsqueeze(0)
+    logits = hf(input_ids=ids, use_cache=False).logits
+    own = head(hf.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    hf.train(was_training)
+    return logits.shape == own.shape and torch.allclose(logits, own)
+
+
+def scored(
+    head: TokenHead, hidden: Tensor, input_ids: Tensor, mask: Tensor, temperature: float, entropy: str
+) -> tuple[Tensor, Tensor]:
+    """(log p, entropy) of the tokens that `mask` selects, each [B, T] and 0 elsewhere. hidden: [B, T, H]."""
+    wanted = mask[:, 1:]  # nothing predicts the first token
+    values = head(hidden[:, :-1][wanted], input_ids[:, 1:][wanted], temperature, entropy)
+    empty = torch.zeros(wanted.shape, device=hidden.device)
+    logprobs, entropies = (nn.functional.pad(empty.masked_scatter(wanted, v), (1, 0)) for v in values)
+    return logprobs, entropies
