@@ -61,3 +61,27 @@ def balanced(lengths: Sequence[int] | np.ndarray, capacity: int, multiple: int =
             heapreplace(lightest, (load + int(given[index]), part))
         if all(len(parts[part]) <= 1 or load <= capacity for load, part in lightest):
             return [parts[part] for load, part in sorted(lightest, key=lambda p: (-p[0], p[1]))]
+
+
+def like_lengths(lengths: Sequence[int] | np.ndarray, capacity: int, multiple: int = 1) -> list[list[int]]:
+    """As `balanced`, for sequences that are padded to the longest of their part: those of like length stand together, and
+    the capacity is that of the padded part, its number of sequences times its longest. Among the partitions into as few
+    parts, the one whose largest part is smallest."""
+    given = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-given, kind="stable").tolist()
+
+    def cut(area: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for index in order:
+            if not parts or int(given[parts[-1][0]]) * (len(parts[-1]) + 1) > area:
+                parts.append([])
+            parts[-1].append(index)
+        return parts
+
+    count = -(-max(1, len(cut(capacity))) // multiple) * multiple
+    low, high = 0, capacity  # the smallest area that takes no more parts lies in (low, high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
+    parts = cut(high)
+    return parts + [[] for _ in range(count - len(parts))]

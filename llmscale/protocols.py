@@ -64,6 +64,7 @@ class TrainEngine(Protocol):
     """Holds a model and its optimizer on one or several ranks; every method is called on every rank."""
 
     num_steps: int
+    packed: bool  # whether sequences share rows
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches. Each loss term is divided once by its count over the

@@ -505,7 +505,7 @@ def _leaves_of(config: Any, prefix: str = ""):
 def test_comments_stand_behind_or_above_a_field():
     texts = comments(DeepSpeedConfig)
     assert texts["zero_stage"].startswith("1 shards optimizer state")
-    assert texts["micro_batch_size"].startswith("examples of one forward"), "inherited, and over several lines"
+    assert texts["micro_batch_size"].startswith("Full-length sequences"), "inherited, and over several lines"
     above = comments(llmscale.data.config.DataConfig)["train"]
     assert re.match(r"\.txt, \.jsonl", above)
 

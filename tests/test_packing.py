@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmscale.packing import balanced, best_fit
+from llmscale.packing import balanced, best_fit, like_lengths
 
 
 def reference(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -52,3 +52,18 @@ def test_balanced_parts_are_few_and_even() -> None:
     assert len(parts) == 4 * -(-int(lengths.sum()) // 4096)
     assert max(loads) <= 1024 and max(loads) - min(loads) < 30
     assert loads == sorted(loads, reverse=True)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_of_like_lengths_fit_when_padded(seed: int, multiple: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.lognormal(4, 0.8, size=rng.integers(1, 80)).astype(int).clip(1, 256)
+    parts = like_lengths(lengths, 512, multiple)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert len(parts) % multiple == 0
+    areas = [len(part) * int(lengths[part].max()) for part in parts if part]
+    assert max(areas) <= 512
+    padded = sum(areas)
+    shuffled = [rng.permutation(len(lengths))[i : i + 4] for i in range(0, len(lengths), 4)]
+    assert len(lengths) < 8 or padded < sum(len(part) * int(lengths[part].max()) for part in shuffled)

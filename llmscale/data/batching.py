@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from llmscale.packing import balanced
+from llmscale.packing import balanced, like_lengths
 
 T = TypeVar("T")
 
@@ -18,13 +18,19 @@ T = TypeVar("T")
 class TokenBudget:
     """What one forward and backward on one rank may hold."""
 
-    tokens: int  # of a micro-batch, padding not counted
-    row_tokens: int  # of a row that sequences share; 0: each has a row of its own
+    tokens: int  # of a micro-batch; where rows are padded, padding counts
+    packed: bool  # whether sequences share one row, or have a row each
 
-    def parts(self, lengths: Sequence[int] | np.ndarray, rank: int, world_size: int) -> list[list[int]]:
+    @property
+    def row_tokens(self) -> int:
+        """For `Objective.prepare`."""
+        return self.tokens if self.packed else 0
+
+    def parts(self, lengths: Sequence[int] | np.ndarray, rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """This rank's micro-batches of one step, as indexes into `lengths` (tokens of each example of the whole step).
         Every rank gets as many, and of nearly the same size; how examples are dealt out changes no number."""
-        return balanced(lengths, self.tokens, world_size)[rank::world_size]
+        partition = balanced if self.packed else like_lengths
+        return partition(lengths, self.tokens, world_size)[rank::world_size]
 
 
 class Prefetcher(Generic[T]):

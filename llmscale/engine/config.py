@@ -17,15 +17,24 @@ class Precision(Enum):
     bf16 = "bf16"  # forward and backward in bfloat16, optimizer state and master weights in fp32
 
 
+class RowLayout(Enum):
+    """How sequences of different lengths stand in a micro-batch; changes memory and speed, not the loss."""
+
+    auto = "auto"  # packed where attention has a kernel for it (flash-attn), else padded
+    padded = "padded"  # a row each, next to others of like length
+    packed = "packed"  # several in one row, kept apart by their positions
+
+
 @dataclass
 class EngineConfig:
     """What every engine knows."""
 
     name: str = MISSING
     precision: Precision = Precision.fp32
-    micro_batch_size: int = (
-        8  # examples of one forward and backward on one rank; changes memory and speed, not the loss
-    )
+    # Full-length sequences (data.max_seq_len) that one forward and backward on one rank may hold; of shorter ones as many
+    # more as that many tokens allow. Changes memory and speed, not the loss
+    micro_batch_size: int = 8
+    rows: RowLayout = RowLayout.auto
     activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third more time
 
     def problems(self) -> Iterator[Problem]:

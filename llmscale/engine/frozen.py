@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals, empty_rows, same_number_on_all_ranks
-from llmscale.engine.config import EngineConfig, Precision
+from llmscale.engine.config import EngineConfig, Precision, RowLayout
 from llmscale.models.forward import ModelForward
-from llmscale.models.loading import Model
+from llmscale.models.loading import Model, check_isolation, isolates
 from llmscale.protocols import Forward, Objective
 
 
@@ -26,6 +26,7 @@ class FrozenEngine:
     def __init__(self, config: EngineConfig, model: Model):
         self.config, self.device = config, distributed.device()
         self.model = model.to(self.device)
+        self.packed = packs(config, model)
         self.module = self.model
         self._forward = ModelForward(self._call)
 
@@ -51,3 +52,14 @@ class FrozenEngine:
         bf16 = self.config.precision is Precision.bf16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             return self.module(**inputs)
+
+
+def packs(config: EngineConfig, model: Model) -> bool:
+    """Whether sequences share rows.
+
+    Raises: ModelError when they should and the architecture lets them see one another.
+    """
+    if config.rows is RowLayout.packed:
+        check_isolation(model)
+    has_kernel = str(model.hf.config._attn_implementation).startswith("flash_attention")
+    return config.rows is RowLayout.packed or (config.rows is RowLayout.auto and has_kernel and isolates(model))

@@ -201,22 +201,25 @@ def save_hf(model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, w
     tokenizer.save_pretrained(directory)
 
 
-@torch.no_grad()
 def check_isolation(model: Model) -> None:
-    """Two documents in one row must not see each other. Whether restarting positions keep them apart is up to the
-    architecture: some ignore them, and would learn from the wrong context without a word.
-
-    Raises: ModelError.
-    """
-    ids = torch.arange(1, 9).unsqueeze(0)
-    packed = model(input_ids=ids, position_ids=torch.arange(4).repeat(1, 2))
-    alone = model(input_ids=ids[:, 4:], position_ids=torch.arange(4).unsqueeze(0))
-    if not torch.allclose(packed[:, 4:], alone, atol=1e-4):
+    """Raises: ModelError where `isolates` does not hold."""
+    if not isolates(model):
         raise ModelError(
             f"documents packed in one row would see each other in a {type(model.hf).__name__}",
             where="model.architecture",
-            fix="Use an architecture that reads position_ids, such as llama, qwen2 or gpt2.",
+            fix="Use an architecture that reads position_ids, such as llama, qwen2 or gpt2, or engine.rows=padded.",
         )
+
+
+@torch.no_grad()
+def isolates(model: Model) -> bool:
+    """Whether two documents in one row cannot see each other. That restarting positions keep them apart is up to the
+    architecture: some ignore them, and would learn from the wrong context without a word."""
+    ids = torch.arange(1, 9, device=next(model.parameters()).device).unsqueeze(0)
+    positions = torch.arange(4, device=ids.device).unsqueeze(0)
+    packed = model(input_ids=ids, position_ids=positions.repeat(1, 2))
+    alone = model(input_ids=ids[:, 4:], position_ids=positions)
+    return torch.allclose(packed[:, 4:], alone, atol=1e-4)
 
 
 def context_length(model: Model) -> int:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
-from llmscale.batch import Batch, Trajectory, pad_rows, token_tensors
+from llmscale.batch import Batch, Layout, Trajectory
 from llmscale.checkpoint.durable import commit_directory, fsync_tree
 from llmscale.cluster.publish import BUCKET_BYTES, receive, send
 from llmscale.config import build, load
+from llmscale.data.batching import TokenBudget
 from llmscale.data.chat import ChatRenderer
-from llmscale.data.loader import micro_batches, shard
 from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
@@ -43,11 +43,10 @@ class TrainedRole:
 
     def update(self, minibatches: Sequence[Sequence[Experience]]) -> list[dict[str, float]]:
         """One optimizer step for each minibatch; this rank takes its share of it. Returns each step's metrics."""
-        size = self.config.engine.micro_batch_size
-        metrics = []
+        budget, metrics = token_budget(self.config, self.engine), []
         for minibatch in minibatches:
-            own = shard(minibatch, self.world.rank, self.world.size)
-            batches = [self.objective.prepare(part) for part in micro_batches(own, size)]
+            parts = budget.parts([len(e.token_ids) for e in minibatch], self.world.rank, self.world.size)
+            batches = [self.objective.prepare([minibatch[i] for i in part], budget.row_tokens) for part in parts]
             metrics.append(self.engine.step(batches, self.objective))
         return metrics
 
@@ -158,16 +157,23 @@ def logprobs_at(temperature: float) -> Compute:
 def token_values(
     engine: TrainEngine | FrozenEngine, trajectories: Sequence[Trajectory], config: RlhfConfig, compute: Compute
 ) -> list[np.ndarray]:
-    """Run `compute` over the trajectories in micro-batches and cut the padding off again."""
-    parts = micro_batches(trajectories, config.engine.micro_batch_size)
-    outputs = engine.forward([_batch_of(part) for part in parts], compute)
-    rows = [row for output in outputs for row in output["out"].numpy()]
-    return [row[: len(t.token_ids)] for t, row in zip(trajectories, rows, strict=True)]
+    """Run `compute` over the trajectories in micro-batches; what it says of each one's tokens, in order."""
+    budget = token_budget(config, engine)
+    parts = [part for part in budget.parts([len(t.token_ids) for t in trajectories]) if part]
+    layouts = [Layout([len(trajectories[i].token_ids) for i in part], budget.row_tokens) for part in parts]
+    batches = []
+    for part, layout in zip(parts, layouts, strict=True):
+        tensors = layout.tensors([trajectories[i].token_ids for i in part])
+        mask = layout.place([trajectories[i].loss_mask for i in part], fill=False)
+        batches.append(Batch(tensors | {"loss_mask": mask}))
+    values: dict[int, np.ndarray] = {}
+    for part, layout, output in zip(parts, layouts, engine.forward(batches, compute), strict=True):
+        values |= {i: own.numpy() for i, own in zip(part, layout.take(output["out"]), strict=True)}
+    return [values[i] for i in range(len(trajectories))]
 
 
-def _batch_of(trajectories: Sequence[Trajectory]) -> Batch:
-    tensors = token_tensors([t.token_ids for t in trajectories])
-    return Batch(tensors | {"loss_mask": pad_rows([t.loss_mask for t in trajectories], value=False)})
+def token_budget(config: RlhfConfig, engine: TrainEngine | FrozenEngine) -> TokenBudget:
+    return TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, engine.packed)
 
 
 def torch_dtype(config: RlhfConfig) -> torch.dtype:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from llmscale.checkpoint.durable import commit_directory
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id, wait_for_writer
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import build, load, to_dict
-from llmscale.data.loader import SampleOrder, micro_batches, shard
+from llmscale.data.batching import Prefetcher, TokenBudget
+from llmscale.data.loader import SampleOrder
 from llmscale.data.sources import read_records
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.tokenizer import train_tokenizer
@@ -73,6 +74,8 @@ class SupervisedRun:
         check_context(config, context_length(model))
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = build(config.engine, model, config.optim, self.num_steps)
+        self.budget = TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, self.engine.packed)
+        self.prepared = Prefetcher(self.prepare_step, self.num_steps)
         self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
 
     def say(self, what: str) -> None:
@@ -105,6 +108,7 @@ class SupervisedRun:
             status = "interrupted"
             raise
         finally:
+            self.prepared.close()
             self.tracker.finish(status)
         seconds = time.perf_counter() - started
         steps = self.engine.num_steps
@@ -119,14 +123,15 @@ class SupervisedRun:
 
     def plan(self) -> dict[str, Any]:
         """The batch arithmetic, so that nobody has to guess."""
-        examples, ranks = self.config.training.global_batch_size, self.world.size
-        own = math.ceil(examples / ranks)
+        examples, first = self.config.training.global_batch_size, self.prepare_step(0)
+        held, real = sum(b["input_ids"].numel() for b in first), sum(b.num_tokens for b in first)
         return {
             "examples": len(self.split.train),
             "examples_per_step": examples,
-            "ranks": ranks,
-            "micro_batches_per_rank": math.ceil(own / self.config.engine.micro_batch_size),
-            "micro_batch_size": self.config.engine.micro_batch_size,
+            "ranks": self.world.size,
+            "tokens_per_micro_batch": self.budget.tokens,
+            "micro_batches_of_first_step": len(first),  # on each rank
+            "padding_of_first_step": round(1 - real / held, 3),
             "optimizer_steps": self.num_steps,
             "epochs": round(self.num_steps * examples / len(self.split.train), 2),
             "parameters": self.num_parameters,
@@ -135,17 +140,21 @@ class SupervisedRun:
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: a function of (seed, step, rank), as is the randomness of dropout."""
         torch.manual_seed(hash((self.config.run.seed, step, self.world.rank)))
-        indexes = self.order.batch(step, self.config.training.global_batch_size)
-        return self.prepare([self.split.train[i] for i in shard(indexes, self.world.rank, self.world.size)])
+        return self.prepared(step)
 
-    def prepare(self, examples: list[Any]) -> list[Batch]:
-        return [self.objective.prepare(part) for part in micro_batches(examples, self.config.engine.micro_batch_size)]
+    def prepare_step(self, step: int) -> list[Batch]:
+        indexes = self.order.batch(step, self.config.training.global_batch_size)
+        return self.prepare([self.split.train[i] for i in indexes])
+
+    def prepare(self, examples: Sequence[Any]) -> list[Batch]:
+        """This rank's micro-batches of examples that all ranks share."""
+        parts = self.budget.parts([e.num_tokens for e in examples], self.world.rank, self.world.size)
+        return [self.objective.prepare([examples[i] for i in part], self.budget.row_tokens) for part in parts]
 
     def evaluate(self, step: int, metrics: Metrics) -> None:
         """Adds `eval/` metrics on the validation split to the step's own."""
         if self.split.validation:
-            own = self.prepare(shard(self.split.validation, self.world.rank, self.world.size))
-            means = self.engine.evaluate(own, self.objective)
+            means = self.engine.evaluate(self.prepare(self.split.validation), self.objective)
             metrics |= {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
 
     def save(self, step: int) -> None:
@@ -186,8 +195,7 @@ class SupervisedRun:
         """Mean and deviation of a reward model's scores, noted in its config (see `ScalarModel`): of the validation
         completions, else of as many of the training ones."""
         examples = self.split.validation or self.split.train[:256]
-        batches = self.prepare(shard(examples, self.world.rank, self.world.size))
-        outputs = self.engine.forward(batches, lambda f, b: {"scores": f(b).flatten()[b["ends"]]})
+        outputs = self.engine.forward(self.prepare(examples), lambda f, b: {"scores": f(b).flatten()[b["ends"]]})
         scores = np.array(distributed.gather([x for output in outputs for x in output["scores"].tolist()]))
         config = self.engine.model.hf.config
         mean, std = (

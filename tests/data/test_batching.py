@@ -10,26 +10,29 @@ import pytest
 from llmscale.data.batching import Prefetcher, TokenBudget
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("seed", range(10))
-def test_every_example_once_and_every_rank_as_many_parts_of_nearly_the_same_size(world_size: int, seed: int):
+def test_every_example_once_and_every_rank_as_many_parts_of_like_size(world_size: int, seed: int, packed: bool):
     rng = np.random.default_rng(seed)
     lengths = rng.lognormal(4, 0.8, size=rng.integers(1, 80)).astype(int).clip(1, 256)
-    budget = TokenBudget(tokens=512, row_tokens=256)
+    budget = TokenBudget(tokens=512, packed=packed)
     ranks = [budget.parts(lengths, rank, world_size) for rank in range(world_size)]
     assert sorted(i for parts in ranks for part in parts for i in part) == list(range(len(lengths)))
     assert len({len(parts) for parts in ranks}) == 1
     loads = [[int(lengths[part].sum()) for part in parts] for parts in ranks]
     assert max(map(max, loads)) <= 512
-    assert max(map(sum, loads)) - min(map(sum, loads)) <= lengths.max() * len(loads[0])
+    if packed:
+        assert max(map(sum, loads)) - min(map(sum, loads)) <= lengths.max() * len(loads[0])
 
 
 def test_an_example_beyond_the_budget_has_a_part_of_its_own():
-    assert TokenBudget(4, 0).parts([9, 2, 2], 0, 1) == [[0], [1, 2]]
+    assert TokenBudget(4, packed=True).parts([9, 2, 2]) == [[0], [1, 2]]
 
 
-def test_nothing_gives_every_rank_an_empty_part():
-    assert [TokenBudget(4, 0).parts([], rank, 2) for rank in range(2)] == [[[]], [[]]]
+@pytest.mark.parametrize("packed", [True, False])
+def test_nothing_gives_every_rank_an_empty_part(packed: bool):
+    assert [TokenBudget(4, packed).parts([], rank, 2) for rank in range(2)] == [[[]], [[]]]
 
 
 def test_the_next_step_is_made_meanwhile():
