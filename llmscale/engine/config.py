@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from llmscale.config import Problem, at_least, option
+from llmscale.models.config import Attention
 
 
 class Precision(Enum):
@@ -36,6 +37,9 @@ class EngineConfig:
     micro_batch_size: int = 8
     rows: RowLayout = RowLayout.auto
     activation_checkpointing: bool = False  # recompute activations in the backward: less memory, a third more time
+    attention: Attention = Attention.auto
+    liger: bool = False  # Liger's fused kernels; needs the package liger-kernel and CUDA
+    compile: bool = False  # torch.compile: a minute or more at the first step, faster ones afterwards
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, micro_batch_size=1)

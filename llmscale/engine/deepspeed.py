@@ -59,6 +59,8 @@ class DeepSpeedEngine(FrozenEngine):
             optimizer=build_optimizer(optim, self.model),
             config=deepspeed_json(config, optim, distributed.world_size(), sum(p.numel() for p in model.parameters())),
         )
+        if config.compile:
+            self.module.compile(compile_kwargs={"dynamic": True})
         self.num_steps = 0
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:

@@ -13,8 +13,10 @@ from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals, empty_rows, same_number_on_all_ranks
 from llmscale.engine.config import EngineConfig, Precision, RowLayout
+from llmscale.errors import ConfigError
 from llmscale.models.forward import ModelForward
-from llmscale.models.loading import Model, check_isolation, isolates
+from llmscale.models.kernels import FLASH, apply_liger, attention_implementation
+from llmscale.models.loading import Model, check_isolation
 from llmscale.protocols import Forward, Objective
 
 
@@ -25,8 +27,13 @@ class FrozenEngine:
 
     def __init__(self, config: EngineConfig, model: Model):
         self.config, self.device = config, distributed.device()
+        attention = attention_implementation(config.attention, self.device, config.precision is Precision.bf16)
+        self.packed = packs(config.rows, model, flash=attention == FLASH)
+        if attention is not None:
+            model.hf.set_attn_implementation(attention)
+        if config.liger:
+            apply_liger(model, self.device)
         self.model = model.to(self.device)
-        self.packed = packs(config, model)
         self.module = self.model
         self._forward = ModelForward(self._call)
 
@@ -54,12 +61,15 @@ class FrozenEngine:
             return self.module(**inputs)
 
 
-def packs(config: EngineConfig, model: Model) -> bool:
-    """Whether sequences share rows.
+def packs(rows: RowLayout, model: Model, flash: bool) -> bool:
+    """Whether sequences share rows. flash-attn tells documents apart in a single row only, so there they always do.
 
-    Raises: ModelError when they should and the architecture lets them see one another.
+    Raises: ModelError when they must and the architecture lets them see one another.
     """
-    if config.rows is RowLayout.packed:
+    if flash and rows is RowLayout.padded:
+        fix = "Leave it at auto, or set engine.attention=sdpa."
+        raise ConfigError("flash attention packs rows", where="engine.rows", fix=fix)
+    packed = flash or rows is RowLayout.packed
+    if packed:
         check_isolation(model)
-    has_kernel = str(model.hf.config._attn_implementation).startswith("flash_attention")
-    return config.rows is RowLayout.packed or (config.rows is RowLayout.auto and has_kernel and isolates(model))
+    return packed

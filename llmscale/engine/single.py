@@ -40,6 +40,8 @@ class SingleEngine(FrozenEngine):
         self.optim, self.total_steps = optim, total_steps
         if config.activation_checkpointing:
             self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            self.model.compile(dynamic=True)
         self.optimizer = build_optimizer(optim, self.model)
         self.num_steps = 0
 

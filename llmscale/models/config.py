@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from llmscale.config import Problem, at_least
+
+
+class Attention(Enum):
+    """How attention is computed; changes speed and memory, and numbers only by rounding."""
+
+    auto = "auto"  # flash where it is installed and can run, else sdpa
+    eager = "eager"  # plain matrix products
+    sdpa = "sdpa"  # torch's scaled_dot_product_attention
+    flash = "flash"  # flash-attn; CUDA and bf16 only
+
 
 MIN_VOCAB_SIZE = 261  # of a tokenizer that we train: see llmscale.data.tokenizer
 

@@ -29,6 +29,8 @@ from llmscale.data.loader import SampleOrder
 from llmscale.data.sources import read_records
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.tokenizer import train_tokenizer
+from llmscale.engine.config import Precision
+from llmscale.models.flops import flops_per_token, peak_flops
 from llmscale.models.loading import (
     Model,
     check_isolation,
@@ -73,6 +75,9 @@ class SupervisedRun:
             check_isolation(model)
         check_context(config, context_length(model))
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        mean_tokens = sum(e.num_tokens for e in self.split.train) / len(self.split.train)
+        self.flops_per_token = flops_per_token(model, round(mean_tokens))
+        self.peak, self.peak_source = peak_flops(distributed.device(), config.engine.precision is Precision.bf16)
         self.engine = build(config.engine, model, config.optim, self.num_steps)
         self.budget = TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, self.engine.packed)
         self.prepared = Prefetcher(self.prepare_step, self.num_steps)
@@ -92,6 +97,7 @@ class SupervisedRun:
         status = "failed"
         hooks = [
             Hook(training.eval_every_steps, self.evaluate),
+            Hook(1, self.note_mfu),
             Hook(1, self.tracker.log),
             Hook(training.save_every_steps, lambda step, _: self.save(step)),
         ]
@@ -135,6 +141,8 @@ class SupervisedRun:
             "optimizer_steps": self.num_steps,
             "epochs": round(self.num_steps * examples / len(self.split.train), 2),
             "parameters": self.num_parameters,
+            "peak_tflops": round(self.peak / 1e12, 3),  # of one device, for perf/mfu
+            "peak_from": self.peak_source,
         }
 
     def batches(self, step: int) -> list[Batch]:
@@ -156,6 +164,10 @@ class SupervisedRun:
         if self.split.validation:
             means = self.engine.evaluate(self.prepare(self.split.validation), self.objective)
             metrics |= {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
+
+    def note_mfu(self, step: int, metrics: Metrics) -> None:
+        """Adds `perf/mfu`: the share of what the devices of all ranks could do that the model's arithmetic took."""
+        metrics["perf/mfu"] = metrics["perf/tokens_per_s"] * self.flops_per_token / (self.peak * self.world.size)
 
     def save(self, step: int) -> None:
         started = time.perf_counter()

@@ -112,3 +112,14 @@ def test_a_scalar_model_is_saved_and_loaded(tmp_path: Path):
     other.load(tmp_path)
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_compiled_as_not_compiled():
+    compiled = SingleEngine(SingleConfig(compile=True), language_model(), OPTIM, NUM_STEPS)
+    plain = engine()
+    for step in range(3):
+        own, other = compiled.step([batch(step)], OBJECTIVE), plain.step([batch(step)], OBJECTIVE)
+        assert own == pytest.approx(other, rel=1e-5)
+    names = [name for name, _ in compiled.model.named_parameters()]
+    assert names == [name for name, _ in plain.model.named_parameters()]
