@@ -300,7 +300,9 @@ def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> Config
         fix = f"llmscale {stage} --help shows every key with its default."
         return ConfigError(message, where=f"{in_file[1]}.yaml" if in_file else None, fix=fix)
     field, _, item = path.partition("[")
-    hint = typing.get_args(hints[field])[0] if item and field in hints else hints.get(field)
+    hint = hints.get(field)
+    if item and hint is not None:
+        hint = next(typing.get_args(member)[0] for member in members(hint) if typing.get_args(member))
     if hint is None or re.search(r"not in|No match|for root: NoneType", f"{error} {cause}"):
         return _unknown(path, stage)
     found = re.search(r"[Vv]alue '([^']*)'", message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +74,11 @@ class TrainEngine(Protocol):
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
         """The same numbers without gradient or update."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Collective: inside, the weights are their moving average, where one is kept (`optim.ema_decay`). `evaluate` and
+        `export` see to it themselves."""
         ...
 
     def forward(

@@ -179,7 +179,7 @@ def test_a_field_is_chosen_by_its_own_name():
         ("pretrain", "data.max_seq_lenn=3", "data.max_seq_lenn", "Did you mean data.max_seq_len?"),
         ("pretrain", "optm.lr=3", "optm", "Did you mean optim?"),
         ("pretrain", "lr=3", "lr", "Did you mean optim.lr?"),
-        ("pretrain", "optim.learning_rate=3", "optim.learning_rate", "optim has: lr, betas"),
+        ("pretrain", "optim.learning_rate=3", "optim.learning_rate", "optim has: optimizer, lr, betas"),
         ("pretrain", "cluster.rolout.num_gpus=1", "cluster.rolout", "Did you mean cluster.rollout?"),
         ("rlhf", "critic.optim.lrr=3", "critic.optim.lrr", "Did you mean critic.optim.lr?"),
         ("pretrain", "enginee=single", "enginee", "Did you mean engine?"),
@@ -244,7 +244,8 @@ def test_what_is_no_assignment_is_refused(override: str):
         ("engine.activation_checkpointing=maybe", "true or false, is maybe"),
         ("engine.precision=fp16", "one of fp32, bf16, is fp16"),
         ("tracking.wandb=no", "one of auto, offline, online, disabled, is no"),
-        ("optim.schedule=step", "one of constant, linear, cosine"),
+        ("optim.schedule=step", "one of constant, linear, cosine, wsd, is step"),
+        ("optim.optimizer=adam", "one of adamw, lion, muon, is adam"),
         ("optim.betas=0.9", "a list"),
         ("optim.betas=[0.9,a]", "a number"),
         ("data.columns=3", "a mapping"),
@@ -331,12 +332,22 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
         ("pretrain", ["model.intermediate_size=0"], "model.intermediate_size"),
         ("pretrain", ["model.vocab_size=260"], "model.vocab_size"),
         ("pretrain", ["optim.betas=[0.9]"], "optim.betas"),
+        ("pretrain", ["engine=deepspeed", "optim.optimizer=muon"], "optim.optimizer"),
+        ("rlhf", ["engine=deepspeed", "optim.optimizer=muon"], "optim.optimizer"),
+        ("rlhf", ["engine=deepspeed", "critic.optim.optimizer=muon"], "critic.optim.optimizer"),
         ("pretrain", ["plugins=[no_such_module]"], "plugins"),
         ("pipeline", ["stages=[]"], "stages"),
     ],
 )
 def test_the_impossible_is_refused(stage: str, overrides: list[str], where: str):
     assert refused(stage, *overrides).where == where
+
+
+def test_an_optimizer_that_zero_breaks_names_those_that_it_does_not():
+    error = refused("pretrain", "engine=deepspeed", "optim.optimizer=muon")
+    assert "flat pieces" in error.what and "optim.optimizer=adamw or lion" in str(error.fix)
+    for overrides in (["optim.optimizer=muon"], ["engine=deepspeed", "optim.optimizer=lion"]):
+        composed("pretrain", *overrides)
 
 
 @pytest.mark.parametrize("path", sorted(OWNED))

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import deepspeed
 
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals, check_grad_norm, parameter_buckets, same_number_on_all_ranks
+from llmscale.engine.averaging import WeightAverage
 from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import CheckpointError
@@ -61,6 +62,7 @@ class DeepSpeedEngine(FrozenEngine):
         )
         if config.compile:
             self.module.compile(compile_kwargs={"dynamic": True})
+        self.average = WeightAverage(optim.ema_decay, self.optimizer.optimizer, self._spread_masters)
         self.num_steps = 0
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
@@ -75,9 +77,17 @@ class DeepSpeedEngine(FrozenEngine):
         metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
         set_learning_rate(self.optimizer, metrics["lr"])
         self.module.step()
+        self.average.update(self.num_steps)
         metrics["grad_norm"] = check_grad_norm(float(self.module.get_global_grad_norm()))
         self.num_steps += 1
         return metrics
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        with self.averaged():
+            return super().evaluate(micro_batches, objective)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self.average.swapped_in()
 
     def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         for bucket in parameter_buckets(self.model, bucket_bytes):
@@ -108,10 +118,21 @@ class DeepSpeedEngine(FrozenEngine):
 
     def export(self, directory: Path, tokenizer) -> None:
         weights: dict[str, Tensor] = {}
-        for bucket in self.full_parameters(bucket_bytes=1 << 28):
-            weights |= {name: value.cpu().clone() for name, value in bucket.items()}
+        with self.averaged():
+            for bucket in self.full_parameters(bucket_bytes=1 << 28):
+                weights |= {name: value.cpu().clone() for name, value in bucket.items()}
         if distributed.rank() == 0:
             save_hf(self.model, tokenizer, directory, weights)
+
+    def _spread_masters(self) -> None:
+        """The optimizer's own weights (fp32, this rank's part) were changed: bring them to where the forward reads."""
+        if self.zero_stage < 3:
+            self.optimizer.update_lp_params()
+            return
+        self.optimizer.checkpoint_event_prologue()  # small weights stay gathered: without it they would keep old values
+        for i in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        self.optimizer.checkpoint_event_epilogue()
 
     def _call(self, **inputs: Any) -> Any:
         """DeepSpeed has cast the weights itself."""

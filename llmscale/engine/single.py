@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llmscale.engine.accounting import (
     parameter_buckets,
     same_number_on_all_ranks,
 )
+from llmscale.engine.averaging import WeightAverage
 from llmscale.engine.config import SingleConfig
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import ConfigError
@@ -43,6 +45,7 @@ class SingleEngine(FrozenEngine):
         if config.compile:
             self.model.compile(dynamic=True)
         self.optimizer = build_optimizer(optim, self.model)
+        self.average = WeightAverage(optim.ema_decay, self.optimizer)
         self.num_steps = 0
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
@@ -57,9 +60,17 @@ class SingleEngine(FrozenEngine):
         metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
         set_learning_rate(self.optimizer, metrics["lr"])
         self.optimizer.step()
+        self.average.update(self.num_steps)
         self.optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
         return metrics
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+        with self.averaged():
+            return super().evaluate(micro_batches, objective)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self.average.swapped_in()
 
     def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
         for bucket in parameter_buckets(self.model, bucket_bytes):
@@ -86,5 +97,6 @@ class SingleEngine(FrozenEngine):
         self.num_steps = state["num_steps"]
 
     def export(self, directory: Path, tokenizer) -> None:
-        weights = {name: value for bucket in self.full_parameters(1 << 62) for name, value in bucket.items()}
-        save_hf(self.model, tokenizer, directory, weights)
+        with self.averaged():
+            weights = {name: value for bucket in self.full_parameters(1 << 62) for name, value in bucket.items()}
+            save_hf(self.model, tokenizer, directory, weights)

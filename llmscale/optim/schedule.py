@@ -17,6 +17,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         remaining = 1.0
     elif config.schedule is Schedule.linear:
         remaining = 1 - progress
+    elif config.schedule is Schedule.wsd:
+        # The decay is a fraction, not a count, because a run's length may be given in epochs; and 1 - sqrt, because
+        # it ends lower than a linear one at every length that Hägele et al. 2024 tried.
+        remaining = 1 - math.sqrt(max(0.0, 1 - (1 - progress) / config.decay_fraction))
     else:
         remaining = (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)

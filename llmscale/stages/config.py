@@ -15,7 +15,7 @@ from llmscale.engine.config import EngineConfig, Precision
 from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
-from llmscale.optim.config import OptimConfig
+from llmscale.optim.config import OptimConfig, Optimizer
 from llmscale.rewards.config import LearnedConfig, RewardConfig
 from llmscale.rl.config import AlgorithmConfig
 from llmscale.rollout.config import RolloutConfig
@@ -61,6 +61,7 @@ class StageConfig:
         if self.data.max_seq_len > self.model.max_position and self.model.path is None:
             what = f"{self.data.max_seq_len} tokens do not fit a model of {self.model.max_position} positions"
             yield "data.max_seq_len", what, "Lower it, or raise model.max_position."
+        yield from unfit_optimizer(self.engine, self.optim, "optim")
 
 
 @dataclass
@@ -148,6 +149,8 @@ class RlhfConfig(StageConfig):
         return self.critic.path or learned or str(self.model.path)
 
     def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from unfit_optimizer(self.engine, self.critic.optim, "critic.optim")
         if self.model.path is None:
             yield "model.path", "rlhf starts from a model", "Name the run directory of an SFT run, or a folder."
         if self.rollout.temperature == 0:
@@ -212,6 +215,13 @@ class GenerateConfig(UseConfig):
 @dataclass
 class ChatConfig(UseConfig):
     stage: str = "chat"
+
+
+def unfit_optimizer(engine: EngineConfig, optim: OptimConfig, where: str) -> Iterator[Problem]:
+    """ZeRO cuts the weights of all layers into flat pieces; an elementwise optimizer does not see the difference."""
+    if engine.name == "deepspeed" and optim.optimizer is Optimizer.muon:
+        what = "muon updates whole matrices, and engine=deepspeed gives an optimizer flat pieces of them"
+        yield f"{where}.optimizer", what, f"Choose {where}.optimizer=adamw or lion, or engine=single."
 
 
 def check_context(config: StageConfig, context_length: int) -> None:

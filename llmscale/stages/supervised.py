@@ -196,7 +196,8 @@ class SupervisedRun:
 
     def export(self) -> None:
         if self.config.stage == "reward":
-            self.note_score_scale()
+            with self.engine.averaged():
+                self.note_score_scale()
         hf = self.run_dir / "hf"
         if self.world.is_main:
             commit_directory(hf, lambda partial: self.engine.export(partial, self.tokenizer))

@@ -30,6 +30,7 @@ def zero_config(stage: int) -> DeepSpeedConfig:
 
 ONE_PROCESS: dict[str, EngineConfig] = {"single": SingleConfig()} | {f"zero{s}": zero_config(s) for s in ZERO_STAGES}
 TWO_RANKS = [f"zero{s}x2" for s in ZERO_STAGES]
+UNSHARDED = "zero3_unshardedx2"  # stage 3 that keeps weights as small as these whole, as it does by itself
 
 
 @dataclass(frozen=True)

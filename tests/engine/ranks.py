@@ -14,7 +14,7 @@ from llmscale.engine.config import DeepSpeedConfig, SingleConfig
 from llmscale.engine.single import SingleEngine
 from llmscale.errors import ConfigError
 from tests.engine import scenarios
-from tests.engine.conftest import ZERO_STAGES, zero_config
+from tests.engine.conftest import UNSHARDED, ZERO_STAGES, zero_config
 from tests.tiny import language_model
 
 
@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
         own = folder / f"zero{stage}x2"
         scenarios.run_all(zero_config(stage), own, foreign_checkpoint=folder / f"zero{stage}" / "checkpoint_fp32")
     sharding(zero_config(3), folder / "zero3x2")
+    scenarios.train_in_bf16(scenarios.Bench(DeepSpeedConfig(zero_stage=3), folder / UNSHARDED))
     refused_engine(folder / "zero3x2")
     torch.distributed.destroy_process_group()
 

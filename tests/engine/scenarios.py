@@ -26,7 +26,7 @@ from llmscale.models.weights import load_buckets, pack
 from llmscale.objectives.causal_lm import CausalLM
 from llmscale.objectives.config import CausalLMConfig, RankingConfig
 from llmscale.objectives.ranking import Ranking
-from llmscale.optim.config import OptimConfig, Schedule
+from llmscale.optim.config import OptimConfig, Optimizer, Schedule
 from llmscale.protocols import Forward, LossSums, TrainEngine
 from tests.tiny import language_model, packed, scalar_model, token_examples, tokenizer
 
@@ -38,8 +38,10 @@ NUM_SAID = 6  # tokens
 
 # One step of it moves a weight by g / (|g| + 1): what AdamW does to a gradient near zero would blow up rounding.
 PROBE = OptimConfig(lr=1.0, eps=1.0, weight_decay=0.0, grad_clip=1e6, schedule=Schedule.constant, warmup_steps=0)
-# Everything that a real run has: clipping that bites, decay, a schedule.
-TRAIN = OptimConfig(lr=2e-3, grad_clip=0.5, warmup_steps=3)
+# Everything that a real run has: clipping that bites, decay, a schedule, an average of the weights.
+TRAIN = OptimConfig(lr=2e-3, grad_clip=0.5, warmup_steps=3, ema_decay=0.9)
+# Lion turns a gradient of rounding errors into a whole step: a small one keeps that below the tolerances.
+LION = replace(TRAIN, optimizer=Optimizer.lion, lr=2e-4)
 
 Split = Callable[[Sequence[Any]], list[list[Any]]]
 
@@ -116,29 +118,45 @@ def one_step(bench: Bench) -> None:
 
 def training(bench: Bench) -> None:
     """Twenty steps in fp32 and eight in bf16; then again from a checkpoint, by an engine built with other weights."""
-    train_and_resume(bench, "fp32", TRAIN, NUM_STEPS, SAVED_AT)
-    train_and_resume(bench, "bf16", replace(TRAIN, lr=1e-2), 8, 4)
+    train_and_resume(bench, "fp32", NUM_STEPS, SAVED_AT, optim=TRAIN)
+    train_in_bf16(bench)
+    train_and_resume(bench, "lion", 8, 4, optim=LION)
 
 
-def train_and_resume(bench: Bench, precision: str, optim: OptimConfig, num_steps: int, saved_at: int) -> None:
+def train_in_bf16(bench: Bench) -> None:
+    train_and_resume(bench, "bf16", 8, 4, optim=replace(TRAIN, lr=1e-2), precision=Precision.bf16)
+
+
+def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **settings: Any) -> None:
     def batches(step: int) -> list[Batch]:
         return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step % 4))
 
-    settings = {"optim": optim, "precision": Precision[precision]}
-    checkpoint = bench.folder / f"checkpoint_{precision}"
+    checkpoint = bench.folder / f"checkpoint_{name}"
     checkpoint.mkdir(exist_ok=True)
     engine, metrics = bench.engine(**settings), []
     for step in range(num_steps):
         metrics.append(engine.step(batches(step), LANGUAGE))
         if engine.num_steps == saved_at:
             engine.snapshot()(checkpoint)
-    bench.keep(precision, metrics, engine)
+    bench.keep(name, metrics, engine)
+    look_at_average(bench, f"{name}_average", engine, batches(0))
     distributed.barrier()
     resumed = bench.engine(language_model(seed=9), **settings)
     resumed.load(checkpoint)
     start = resumed.num_steps
     again = [resumed.step(batches(step), LANGUAGE) for step in range(start, num_steps)]
-    bench.keep(f"{precision}_resumed", {"start": start, "metrics": again}, resumed)
+    bench.keep(f"{name}_resumed", {"start": start, "metrics": again}, resumed)
+    look_at_average(bench, f"{name}_resumed_average", resumed, batches(0))
+
+
+def look_at_average(bench: Bench, name: str, engine: TrainEngine, batches: list[Batch]) -> None:
+    """The average as it is evaluated, exported and seen inside `averaged`; then the weights, which it must leave alone."""
+    numbers = engine.evaluate(batches, LANGUAGE)
+    engine.export(bench.folder / f"hf_{name}", tokenizer())
+    with engine.averaged():
+        numbers["inside"] = engine.evaluate(batches, LANGUAGE)["loss"]
+        bench.keep(name, numbers, engine)
+    bench.keep(f"{name}_left", {}, engine)
 
 
 def looking(bench: Bench) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmscale.functional import token_logprobs
-from tests.engine.conftest import Results
+from tests.engine.conftest import UNSHARDED, Results
 from tests.engine.scenarios import BUCKET_BYTES, LENGTHS, NUM_SAID, NUM_STEPS, PROBE, SAVED_AT, SPLITS
 from tests.tiny import language_model, scalar_model, token_examples, tokenizer
 
 VARIANTS = [*SPLITS, "recomputed", "unclipped"]
+TRAININGS = ["fp32", "bf16", "lion"]
 
 
 def flat(weights: dict[str, Tensor]) -> Tensor:
@@ -29,6 +30,12 @@ def moved(weights: dict[str, Tensor], start: torch.nn.Module) -> Tensor:
 
 def assert_close(one: Tensor, other: Tensor, tolerance: float) -> None:
     assert (one - other).norm() < tolerance * one.norm()
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name].to(value.dtype)), name
 
 
 # ---------------------------------------------------------------- one step
@@ -88,20 +95,60 @@ def test_twenty_steps_equal_the_references(results: Results, single: Results):
     assert max(m["grad_norm"] for m in metrics) > 0.5  # and clipping had something to do
 
 
-@pytest.mark.parametrize(("precision", "saved_at"), [("fp32", SAVED_AT), ("bf16", 4)])
-def test_interrupted_and_resumed_equals_uninterrupted(results: Results, precision: str, saved_at: int):
-    """Bit for bit, by an engine that was built with other weights."""
-    resumed = results.numbers(f"{precision}_resumed")
+@pytest.mark.parametrize("training", TRAININGS)
+def test_interrupted_and_resumed_equals_uninterrupted(results: Results, training: str):
+    """Bit for bit, the average too, by an engine that was built with other weights."""
+    resumed, saved_at = results.numbers(f"{training}_resumed"), SAVED_AT if training == "fp32" else 4
     assert resumed["start"] == saved_at
-    assert resumed["metrics"] == results.numbers(precision)[saved_at:]
-    for name, value in results.weights(precision).items():
-        assert torch.equal(value, results.weights(f"{precision}_resumed")[name]), name
+    assert resumed["metrics"] == results.numbers(training)[saved_at:]
+    assert_same(results.weights(training), results.weights(f"{training}_resumed"))
+    assert results.numbers(f"{training}_average") == results.numbers(f"{training}_resumed_average")
+    assert_same(results.weights(f"{training}_average"), results.weights(f"{training}_resumed_average"))
 
 
 def test_bf16_learns(results: Results, single: Results):
     losses, expected = ([m["loss"] for m in r.numbers("bf16")] for r in (results, single))
     assert losses[4] < losses[0] - 0.2 and losses[-1] < losses[3]  # the same four batches come round
     assert losses[0] == pytest.approx(expected[0], abs=0.05)
+
+
+def test_lion_equals_the_references(results: Results, single: Results):
+    """An elementwise optimizer sees no difference between whole weights and ZeRO's flat pieces of them."""
+    for one, other in zip(single.numbers("lion"), results.numbers("lion"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    start = language_model()
+    assert_close(moved(single.weights("lion"), start), moved(results.weights("lion"), start), 1e-2)
+    assert single.numbers("lion")[4]["loss"] < single.numbers("lion")[0]["loss"]  # the same four batches come round
+
+
+# ---------------------------------------------------------------- the average of the weights
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_the_average_is_evaluated_and_exported_and_leaves_the_weights_alone(results: Results, training: str):
+    numbers, average = results.numbers(f"{training}_average"), results.weights(f"{training}_average")
+    exported = AutoModelForCausalLM.from_pretrained(results.folder / f"hf_{training}_average")
+    assert_same(average, {f"hf.{name}": p for name, p in exported.named_parameters()})
+    assert numbers["inside"] == numbers["loss"]
+    assert_same(results.weights(training), results.weights(f"{training}_average_left"))
+    distance = (flat(average) - flat(results.weights(training))).norm()
+    assert distance > 0.01 * moved(results.weights(training), language_model()).norm()
+
+
+@pytest.mark.parametrize(("training", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05), ("lion", 1e-4)])
+def test_the_average_equals_the_references(results: Results, single: Results, training: str, tolerance: float):
+    name = f"{training}_average"
+    assert results.numbers(name)["loss"] == pytest.approx(single.numbers(name)["loss"], abs=tolerance)
+    if training != "bf16":
+        start = language_model()
+        assert_close(moved(single.weights(name), start), moved(results.weights(name), start), 1e-2)
+
+
+def test_weights_that_stage_3_keeps_whole_are_averaged_too(two_ranks: Path):
+    sharded, whole = Results(two_ranks / "zero3x2"), Results(two_ranks / UNSHARDED)
+    for name in ("bf16_average", "bf16_average_left"):
+        assert whole.numbers(name) == sharded.numbers(name)
+        assert_same(whole.weights(name), sharded.weights(name))
 
 
 # ---------------------------------------------------------------- looking
