@@ -35,16 +35,17 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, num_steps: int) -> None:
         """Take in the weights after an optimizer step that had `num_steps` before it."""
-        if not self.decay:
-            return
-        # Only a step fills the state: Adam would take a state with an average in it for one that it has initialised.
-        for weight, state in self.optimizer.state.items():
-            if state and NAME not in state:
-                state[NAME] = weight.detach().clone()
-        pairs = self._pairs()
-        if pairs:
+        self.begin()
+        if pairs := self._pairs():
             weights, averages = map(list, zip(*pairs, strict=True))
             torch._foreach_lerp_(averages, weights, 1 - average_decay(self.decay, num_steps))
+
+    def begin(self) -> None:
+        """Give every weight that the optimizer has stepped an average, which starts as the weight itself. Not sooner: Adam
+        would take a state with an average in it for one that it has initialised."""
+        for weight, state in self.optimizer.state.items() if self.decay else ():
+            if state and NAME not in state:
+                state[NAME] = weight.detach().clone()
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
