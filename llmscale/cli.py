@@ -18,8 +18,9 @@ from typing import Any, NoReturn, cast
 
 from llmscale.compose import EXPERIMENT, choices, comments, compose, compose_unchecked, defaults, nearest
 from llmscale.config import STAGE, groups, import_plugins, leaves, options, to_dict, to_yaml
-from llmscale.errors import LlmscaleError, UsageError
-from llmscale.stages.config import RunConfig  # importing it registers every option
+from llmscale.errors import LlmscaleError, Requeue, UsageError
+from llmscale.stages.config import RunConfig, StageConfig  # importing it registers every option
+from llmscale.training.stop import signals
 
 SUMMARY = {
     "pretrain": "a new language model from raw text",
@@ -38,12 +39,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.append(os.getcwd())  # plugins and reward functions lie beside the user, as with `python -m`
     try:
         status = _run(_arguments(argv))
+    except Requeue as saved:
+        print(saved, file=sys.stderr)
+        status = saved.exit_code
     except LlmscaleError as error:
         _report(error, debug)
         status = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        status = EXIT_INTERRUPTED
+        how = signals.received or "interrupted"
+        print(f"{how}; the same command resumes from the last checkpoint", file=sys.stderr)
+        status = Requeue.exit_code if signals.received else EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)
 
@@ -63,7 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
         configs = {stage: compose(stage, overrides, arguments.config_dir)}
     if arguments.cfg:
         return _show("\n".join(f"# {name}\n{to_yaml(config).rstrip()}" for name, config in configs.items()))
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    if all(isinstance(config, StageConfig) for config in configs.values()):
+        signals.install()
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     module, _, function = str(options(STAGE)[stage].builds).partition(":")
     entry = getattr(importlib.import_module(module), function)
     try:
@@ -93,10 +101,6 @@ def _report(error: LlmscaleError, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)
-
-
-def _raise_interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- arguments

@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from llmscale.phases import phase
+
 
 @dataclass(frozen=True)
 class World:
@@ -76,7 +78,8 @@ def rank() -> int:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with phase("barrier"):
+            dist.barrier()
 
 
 def all_reduce(values: Mapping[str, float], op: str = "sum") -> dict[str, float]:
@@ -85,8 +88,9 @@ def all_reduce(values: Mapping[str, float], op: str = "sum") -> dict[str, float]
         return dict(values)
     names = sorted(values)
     packed = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device())
-    dist.all_reduce(packed, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
-    return dict(zip(names, packed.tolist(), strict=True))
+    with phase("all_reduce", names):
+        dist.all_reduce(packed, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        return dict(zip(names, packed.tolist(), strict=True))
 
 
 def gather(items: Sequence[object]) -> list[object]:
@@ -94,5 +98,11 @@ def gather(items: Sequence[object]) -> list[object]:
     if world_size() == 1:
         return list(items)
     parts: list[list[object]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, list(items))
+    with phase("gather"):
+        dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
+
+
+def lost_peers(error: BaseException) -> bool:
+    """Whether a collective failed because another rank died, or did not come within the time limit."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

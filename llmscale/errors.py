@@ -80,3 +80,13 @@ class ClusterError(LlmscaleError):
 
 class WorkerError(LlmscaleError):
     """A worker failed or died. `where` names its role and rank."""
+
+
+class WorkerLostError(WorkerError):
+    """A worker died, gave up, or lost contact with its peers: nothing that the user did, so it may be started again."""
+
+
+class Requeue(LlmscaleError):
+    """Not a failure: the run was asked to stop, has saved, and goes on where it was when it is started again."""
+
+    exit_code = 75

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmscale.batch import Batch, Prompt, Trajectory
 
+Accept = Callable[[Mapping[str, float]], bool]  # a step's metrics -> whether its update may be applied
 State = dict[str, Any]  # what a component writes into a checkpoint: JSON values and tensors
 
 
@@ -67,9 +68,13 @@ class TrainEngine(Protocol):
     num_steps: int
     packed: bool  # whether sequences share rows
 
-    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+    def step(self, micro_batches: Sequence[Batch], objective: Objective, accept: Accept = ...) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches. Each loss term is divided once by its count over the
-        whole global step, so any split gives the same gradient. Metrics are the same on every rank."""
+        whole global step, so any split gives the same gradient. Metrics are the same on every rank.
+
+        `accept` is asked once, before anything has changed; refused, weights and optimizer state stay as they are and
+        only `num_steps` goes on. It has to answer the same on every rank. By default what is not finite raises
+        NumericsError."""
         ...
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:

@@ -14,7 +14,7 @@ USER_MISTAKES = ["UsageError", "ConfigError", "DataError", "ModelError", "RunErr
 
 
 def test_exit_codes_are_those_of_the_design():
-    expected = {c.__name__: 1 for c in CLASSES} | dict.fromkeys(USER_MISTAKES, 2) | {"ClusterError": 3}
+    expected = {c.__name__: 1 for c in CLASSES} | dict.fromkeys(USER_MISTAKES, 2) | {"ClusterError": 3, "Requeue": 75}
     assert {c.__name__: c.exit_code for c in CLASSES} == expected
 
 

@@ -13,7 +13,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = [
     ["errors"],
-    ["config", "compose", "randomness", "packing", "batch", "protocols", "functional", "distributed", "tracking"],
+    [
+        "config",
+        "compose",
+        "randomness",
+        "packing",
+        "batch",
+        "protocols",
+        "functional",
+        "phases",
+        "distributed",
+        "tracking",
+    ],
     ["models", "checkpoint", "optim"],
     ["objectives", "data", "engine", "rewards", "rl", "rollout"],
     ["training", "cluster", "evaluation"],

@@ -7,6 +7,7 @@ it is written, not when it is needed.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ class RunState:
 
     def save(self, path: Path) -> None:
         """Write every component's state into `path`/state.pt."""
+        self.snapshot()(path)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Every component's state as it is now; what this returns writes it into `path`/state.pt, at any time."""
         states = {name: component.state_dict() for name, component in self._components.items()}
         for name, state in states.items():
             _check(state, name)
-        torch.save(states, path / FILE)
+        return lambda path: torch.save(states, path / FILE)
 
     def load(self, path: Path) -> None:
         """Give each component its state from `path`/state.pt, tensors on the CPU.

@@ -42,6 +42,10 @@ class ClusterConfig:
     threads_per_worker: int = 1  # CPU threads of torch in each worker
     start_timeout_s: float = 120.0  # longest wait for a pool to come up
     collective_timeout_s: float = 300.0  # longest wait inside one collective before its ranks give up
+    # A rank of a supervised stage in which nothing has ended for so long ends itself, and says what it was doing; below
+    # collective_timeout_s, which says less
+    stall_timeout_s: float = 240.0
+    max_restarts: int = 2  # how often a supervised stage on Ray starts its pool again when a worker dies or gives up
     trainer: PoolConfig = field(default_factory=PoolConfig)
     policy: PoolConfig = field(default_factory=PoolConfig)
     critic: PoolConfig = field(default_factory=PoolConfig)
@@ -51,6 +55,7 @@ class ClusterConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
+        yield from at_least(self, stall_timeout_s=1, max_restarts=0)
         if self.backend is Backend.local:
             for role in ("policy", "critic", "reference", "reward", "rollout"):
                 if getattr(self, role).num_workers > 1:

@@ -6,10 +6,13 @@ Ray is started on loopback when no address is given; workers die with the driver
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig
-from llmscale.errors import ClusterError, LlmscaleError, WorkerError
+from llmscale.errors import ClusterError, LlmscaleError, WorkerError, WorkerLostError
 
 LOOPBACK = "127.0.0.1"
+DIED = "this worker died"
+DEATH_IS_KNOWN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -200,20 +205,35 @@ class RayPool:
             rank = pending.pop(ready[0])
             try:
                 results[ready[0]] = ray.get(ready[0])
-            except RayTaskError as error:
-                raise self._explained(error, rank) from error
-            except RayActorError as error:
-                raise WorkerError("this worker died", where=f"{self.role} {rank}", fix=self._see_log(rank)) from error
             except RayError as error:
-                what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                raise WorkerError(what, where=f"{self.role} {rank}", fix=self._see_log(rank)) from error
+                raise self._first_cause(self._explained(error, rank), pending) from error
         return [results[ref] for ref in refs]
 
-    def _explained(self, error: RayTaskError, rank: int) -> LlmscaleError:
-        if isinstance(error.cause, LlmscaleError):
-            return error.cause
-        what = f"{type(error.cause).__name__}: {error.cause}"
-        return WorkerError(what, where=f"{self.role} {rank}", fix=self._see_log(rank))
+    def _explained(self, error: RayError, rank: int) -> LlmscaleError:
+        kind: type[WorkerError] = WorkerLostError
+        if isinstance(error, RayTaskError):
+            if isinstance(error.cause, LlmscaleError):
+                return error.cause
+            kind, what = WorkerError, f"{type(error.cause).__name__}: {error.cause}"
+        elif isinstance(error, RayActorError):
+            what = DIED
+        else:
+            what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return kind(what, where=f"{self.role} {rank}", fix=self._see_log(rank))
+
+    def _first_cause(self, error: LlmscaleError, pending: dict[ray.ObjectRef, int]) -> LlmscaleError:
+        """A worker that lost its peers knows less than Ray does of the peer that died; the two are told at about the
+        same time."""
+        if not isinstance(error, WorkerLostError) or not pending:
+            return error
+        found: list[LlmscaleError] = [error]
+        for ref in ray.wait(list(pending), num_returns=len(pending), timeout=DEATH_IS_KNOWN_S)[0]:
+            try:
+                ray.get(ref)
+            except RayError as other:
+                found.append(self._explained(other, pending[ref]))
+        died = [e for e in found if type(e) is not WorkerLostError or e.what == DIED]
+        return (died or found)[0]
 
     def _see_log(self, rank: int) -> str:
         return f"Its log: {self.log_dir}/{self.role}-{rank}.log"
@@ -253,19 +273,38 @@ def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
     if cluster.address is not None:
         try:
-            ray.init(address=cluster.address, **quiet)
+            with _own_signals():
+                ray.init(address=cluster.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(f"cannot connect to Ray: {error}", where="cluster.address") from error
         return
     # On one machine CPUs are shares that we hand out ourselves; GPUs are what is there.
     wanted = sum(c.num_workers * c.num_cpus for c in configs.values())
-    ray.init(
-        address="local",  # whatever RAY_ADDRESS says
-        num_cpus=max(os.cpu_count() or 1, int(-(-wanted // 1))),
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,
-        **quiet,
-    )
+    with _own_signals():
+        ray.init(
+            address="local",  # whatever RAY_ADDRESS says
+            num_cpus=max(os.cpu_count() or 1, int(-(-wanted // 1))),
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            **quiet,
+        )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """ray.init gives SIGTERM a handler of its own, which ends the driver with code 15."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # that handler, at work
+        signal.signal(signal.SIGTERM, ours)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 def _check_resources(configs: dict[str, PoolConfig]) -> None:

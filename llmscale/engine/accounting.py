@@ -8,7 +8,7 @@ micro-batch size and number of ranks; averaging means of unequal micro-batches w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,17 +55,11 @@ class StepTotals:
         return torch.stack(parts).sum()
 
     def metrics(self) -> dict[str, float]:
-        """Means over the whole step, the same on every rank; `loss` is the sum of its terms.
-
-        Raises: NumericsError on every rank when the loss is not finite.
-        """
+        """Means over the whole step, the same on every rank; `loss` is the sum of its terms."""
         local = {name: float(value) / self._count(term) for name, (value, term) in self._sums.items()}
         means = distributed.all_reduce(local)
         terms = [name for name in means if name.startswith("loss/")]
         means["loss"] = sum(means[name] for name in terms)
-        if not math.isfinite(means["loss"]):
-            broken = next(name for name in terms if not math.isfinite(means[name]))
-            raise NumericsError(f"the loss is {means['loss']} ({broken})", where="optim.lr", fix=DIVERGED)
         if len(terms) == 1:
             del means[terms[0]]
         return means | {"num_tokens": self.counts["num_tokens"]}
@@ -75,10 +69,24 @@ class StepTotals:
         return self.counts[f"count/{term}"] or 1.0
 
 
-def check_grad_norm(value: float) -> float:
-    if not math.isfinite(value):
-        raise NumericsError(f"the gradient norm is {value}", where="optim.lr", fix=DIVERGED)
-    return value
+def not_finite(metrics: Mapping[str, float]) -> str | None:
+    """What about a step's numbers is not finite, if anything."""
+    if not math.isfinite(metrics["loss"]):
+        broken = [n for n, value in metrics.items() if n.startswith("loss/") and not math.isfinite(value)]
+        return f"the loss is {metrics['loss']}" + (f" ({', '.join(broken)})" if broken else "")
+    if not math.isfinite(metrics.get("grad_norm", 0.0)):
+        return f"the gradient norm is {metrics['grad_norm']}"
+    return None
+
+
+def require_finite(metrics: Mapping[str, float]) -> bool:
+    """What an engine's `step` accepts by default.
+
+    Raises: NumericsError when the loss or the gradient norm is not finite.
+    """
+    if what := not_finite(metrics):
+        raise NumericsError(what, where="optim.lr", fix=DIVERGED)
+    return True
 
 
 def parameter_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[dict[str, nn.Parameter]]:

@@ -30,16 +30,18 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from llmscale.batch import Batch
-from llmscale.engine.accounting import StepTotals, check_grad_norm, parameter_buckets, same_number_on_all_ranks
+from llmscale.engine.accounting import StepTotals, parameter_buckets, require_finite, same_number_on_all_ranks
 from llmscale.engine.averaging import WeightAverage
 from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
+from llmscale.engine.gate import Gate
 from llmscale.errors import CheckpointError
 from llmscale.models.loading import Model, save_hf
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
-from llmscale.protocols import Objective
+from llmscale.phases import phase
+from llmscale.protocols import Accept, Objective
 
 TAG = "deepspeed"  # folder of its files inside a checkpoint
 deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -54,10 +56,12 @@ class DeepSpeedEngine(FrozenEngine):
         if config.activation_checkpointing:
             self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
         _join_group(self.device)
+        optimizer = build_optimizer(optim, self.model)
+        self.gate = Gate(optimizer)
         self.module: Any
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model,
-            optimizer=build_optimizer(optim, self.model),
+            optimizer=optimizer,
             config=deepspeed_json(config, optim, distributed.world_size(), sum(p.numel() for p in model.parameters())),
         )
         if config.compile:
@@ -65,20 +69,30 @@ class DeepSpeedEngine(FrozenEngine):
         self.average = WeightAverage(optim.ema_decay, self.optimizer.optimizer, self._spread_masters)
         self.num_steps = 0
 
-    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+    def step(
+        self, micro_batches: Sequence[Batch], objective: Objective, accept: Accept = require_finite
+    ) -> dict[str, float]:
         self.module.train()
         micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
         totals = StepTotals(micro_batches)
         for i, batch in enumerate(micro_batches):
             self.module.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = totals.add(objective.loss(self._forward, batch.to(self.device)))
-            self.module.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+            with phase("forward"):
+                loss = totals.add(objective.loss(self._forward, batch.to(self.device)))
+            with phase("backward"):
+                self.module.backward(loss * distributed.world_size(), scale_wrt_gas=False)
         metrics = totals.metrics()
         metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
         set_learning_rate(self.optimizer, metrics["lr"])
-        self.module.step()
-        self.average.update(self.num_steps)
-        metrics["grad_norm"] = check_grad_norm(float(self.module.get_global_grad_norm()))
+
+        def verdict() -> bool:
+            # Where the norm is not finite DeepSpeed calls it inf and discards the step by itself.
+            metrics["grad_norm"] = float(self.optimizer._global_grad_norm)
+            return accept(metrics)
+
+        with phase("optimizer"):
+            if self.gate.run(self.module.step, verdict):
+                self.average.update(self.num_steps)
         self.num_steps += 1
         return metrics
 

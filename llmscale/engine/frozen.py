@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from llmscale import distributed
 from llmscale.batch import Batch
-from llmscale.engine.accounting import StepTotals, empty_rows, same_number_on_all_ranks
+from llmscale.engine.accounting import StepTotals, empty_rows, require_finite, same_number_on_all_ranks
 from llmscale.engine.config import EngineConfig, Precision, RowLayout
 from llmscale.errors import ConfigError
 from llmscale.models.forward import ModelForward
 from llmscale.models.kernels import FLASH, apply_liger, attention_implementation
 from llmscale.models.loading import Model, check_isolation
+from llmscale.phases import phase
 from llmscale.protocols import Forward, Objective
 
 
@@ -52,8 +53,11 @@ class FrozenEngine:
         micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
         totals = StepTotals(micro_batches)
         for batch in micro_batches:
-            totals.add(objective.loss(self._forward, batch.to(self.device)))
-        return totals.metrics()
+            with phase("forward"):
+                totals.add(objective.loss(self._forward, batch.to(self.device)))
+        metrics = totals.metrics()
+        require_finite(metrics)
+        return metrics
 
     def _call(self, **inputs: Any) -> Any:
         bf16 = self.config.precision is Precision.bf16

@@ -16,9 +16,9 @@ from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.engine.accounting import (
     StepTotals,
-    check_grad_norm,
     copied_to_cpu,
     parameter_buckets,
+    require_finite,
     same_number_on_all_ranks,
 )
 from llmscale.engine.averaging import WeightAverage
@@ -29,7 +29,8 @@ from llmscale.models.loading import Model, save_hf
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
-from llmscale.protocols import Objective
+from llmscale.phases import phase
+from llmscale.protocols import Accept, Objective
 
 
 class SingleEngine(FrozenEngine):
@@ -48,20 +49,27 @@ class SingleEngine(FrozenEngine):
         self.average = WeightAverage(optim.ema_decay, self.optimizer)
         self.num_steps = 0
 
-    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
+    def step(
+        self, micro_batches: Sequence[Batch], objective: Objective, accept: Accept = require_finite
+    ) -> dict[str, float]:
         self.model.train()
         micro_batches = same_number_on_all_ranks(micro_batches, partial(objective.prepare, []))
         totals = StepTotals(micro_batches)
         for batch in micro_batches:
-            totals.add(objective.loss(self._forward, batch.to(self.device))).backward()
+            with phase("forward"):
+                loss = totals.add(objective.loss(self._forward, batch.to(self.device)))
+            with phase("backward"):
+                loss.backward()
         metrics = totals.metrics()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip or math.inf)
-        metrics["grad_norm"] = check_grad_norm(float(norm))
-        metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
-        set_learning_rate(self.optimizer, metrics["lr"])
-        self.optimizer.step()
-        self.average.update(self.num_steps)
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip or math.inf)
+            metrics["grad_norm"] = float(norm)
+            metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
+            set_learning_rate(self.optimizer, metrics["lr"])
+            if accept(metrics):
+                self.optimizer.step()
+                self.average.update(self.num_steps)
+            self.optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
         return metrics
 

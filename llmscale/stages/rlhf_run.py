@@ -17,7 +17,7 @@ from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import VersionCounter
 from llmscale.config import to_dict
 from llmscale.data.splits import load_prompts
-from llmscale.errors import ConfigError
+from llmscale.errors import ConfigError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
 from llmscale.rl.experience import Scored
@@ -26,6 +26,7 @@ from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
 from llmscale.tracking.jsonl import last_metrics
+from llmscale.training.stop import signals
 
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
 ROLES = TRAINED | {"reference": ReferenceRole, "reward": RewardRole, "rollout": RolloutRole}
@@ -67,6 +68,9 @@ class RlhfRun:
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
             status = "done"
+        except Requeue:
+            status = "stopped"
+            raise
         except KeyboardInterrupt:
             status = "interrupted"
             raise
@@ -93,14 +97,18 @@ class RlhfRun:
             self.first_eval = rlhf.evaluate()
             if self.first_eval:
                 self.tracker.log(0, self.first_eval)
-        while rlhf.step < training.num_steps:
-            metrics, samples = rlhf.iterate()
-            if self.due(rlhf.step, training.eval_every_steps):
-                metrics |= rlhf.evaluate()
-            self.tracker.samples(rlhf.step, [sample_record(s) for s in samples])
-            self.tracker.log(rlhf.step, metrics)
-            if self.due(rlhf.step, training.save_every_steps):
-                self.save(rlhf, state)
+        with signals.deferred():
+            while rlhf.step < training.num_steps:
+                metrics, samples = rlhf.iterate()
+                if self.due(rlhf.step, training.eval_every_steps):
+                    metrics |= rlhf.evaluate()
+                self.tracker.samples(rlhf.step, [sample_record(s) for s in samples])
+                self.tracker.log(rlhf.step, metrics)
+                stop = signals.received
+                if stop or self.due(rlhf.step, training.save_every_steps):
+                    self.save(rlhf, state)
+                if stop:
+                    raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
         pools["policy"].call(PolicyRole.export, str(self.directory.hf.resolve())).wait()
 
     def save(self, rlhf: Rlhf, state: RunState) -> None:

@@ -22,6 +22,7 @@ from llmscale.batch import Batch
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.durable import commit_directory
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id, wait_for_writer
+from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import build, load, to_dict
 from llmscale.data.batching import Prefetcher, TokenBudget
@@ -30,6 +31,7 @@ from llmscale.data.sources import read_records
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.engine.config import Precision
+from llmscale.errors import ConfigError, Requeue, WorkerLostError
 from llmscale.models.flops import flops_per_token, peak_flops
 from llmscale.models.loading import (
     Model,
@@ -40,13 +42,19 @@ from llmscale.models.loading import (
     load_tokenizer,
     new_language_model,
 )
+from llmscale.phases import phase
 from llmscale.protocols import Tracker
 from llmscale.stages.config import SupervisedConfig, check_context
 from llmscale.tracking.composite import NullTracker, open_trackers
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
-from llmscale.tracking.jsonl import last_metrics
+from llmscale.tracking.jsonl import append_event, last_metrics
+from llmscale.training.guard import Guard
 from llmscale.training.loop import Hook, Metrics, train
+from llmscale.training.stop import FILE as STOP
+from llmscale.training.stop import StopRequest, signals
+from llmscale.training.validation import Validation
+from llmscale.training.watchdog import Watchdog, forget, last_words
 
 LOADERS: dict[str, Callable[..., Split[Any]]] = {
     "pretrain": load_text,
@@ -82,6 +90,14 @@ class SupervisedRun:
         self.budget = TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, self.engine.packed)
         self.prepared = Prefetcher(self.prepare_step, self.num_steps)
         self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
+        self.guard = Guard(config.training, lambda kind, **details: self.tracker.event(kind, **details))
+        self.validation = Validation(config.training.early_stopping_evals)
+        if config.training.early_stopping_evals and not self.split.validation:
+            fix = "Give data.validation or data.validation_fraction."
+            raise ConfigError("there is no validation data to stop by", where="training.early_stopping_evals", fix=fix)
+        self.state = RunState()
+        self.state.register("guard", self.guard)
+        self.state.register("validation", self.validation)
 
     def say(self, what: str) -> None:
         """Progress before there is a tracker."""
@@ -91,41 +107,72 @@ class SupervisedRun:
     def train(self) -> dict[str, Any]:
         """Resume or start, train to the end, export; returns the result (its metrics on rank 0)."""
         started = time.perf_counter()
-        skipped = self.resume()
-        training = self.config.training
+        _, skipped = self.resume()
         self.tracker = self.open_tracker()
         status = "failed"
-        hooks = [
-            Hook(training.eval_every_steps, self.evaluate),
-            Hook(1, self.note_mfu),
-            Hook(1, self.tracker.log),
-            Hook(training.save_every_steps, lambda step, _: self.save(step)),
-        ]
         try:
             for broken in skipped:
                 self.tracker.event("checkpoint_skipped", **broken)
             self.tracker.event("data", **{name: count for name, count in self.split.report.items() if count})
             self.tracker.event("plan", **self.plan())
             self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
-            train(self.engine, self.objective, self.batches, self.num_steps, hooks)
+            self.train_steps()
             self.export()
             status = "done"
+        except Requeue:
+            status = "stopped"
+            raise
         except KeyboardInterrupt:
             status = "interrupted"
             raise
+        except RuntimeError as error:
+            if not distributed.lost_peers(error):
+                raise
+            what = f"lost contact with the other ranks: {str(error).strip().splitlines()[0]}"
+            fix = "The log of the rank that ended first says why; the same command resumes."
+            raise WorkerLostError(what, where=f"{ROLE} {self.world.rank}", fix=fix) from error
         finally:
             self.prepared.close()
             self.tracker.finish(status)
-        seconds = time.perf_counter() - started
-        steps = self.engine.num_steps
-        metrics = last_metrics(self.run_dir) if self.world.is_main else {}
         return {
             "stage": self.config.stage,
             "run_dir": str(self.config.run_dir),
-            "steps": steps,
-            "seconds": seconds,
-            "metrics": metrics,
+            "steps": self.engine.num_steps,
+            "seconds": time.perf_counter() - started,
+            "ended": self.validation.ended() or "all steps are done",
+            "metrics": last_metrics(self.run_dir) if self.world.is_main else {},
         }
+
+    def train_steps(self) -> None:
+        training = self.config.training
+        hooks = [
+            Hook(1, self.note),
+            Hook(training.eval_every_steps, self.evaluate),
+            Hook(1, self.tracker.log),
+            Hook(training.save_every_steps, lambda step, _: self.save(step), before_stop=True),
+        ]
+        watchdog = Watchdog(
+            ROLE,
+            self.world,
+            self.run_dir,
+            self.config.cluster.stall_timeout_s,
+            step=lambda: self.engine.num_steps,
+            report=lambda text: self.tracker.event("stalled", why=text),
+        )
+        with signals.deferred(), watchdog:
+            train(
+                self.engine,
+                self.objective,
+                self.batches,
+                self.num_steps,
+                hooks,
+                self.guard,
+                restore=self.restore,
+                ended=self.validation.ended,
+                stop_asked=StopRequest(self.run_dir, self.world.is_main),
+            )
+        if why := self.validation.ended():
+            self.tracker.event("stopped_early", step=self.engine.num_steps, why=why)
 
     def plan(self) -> dict[str, Any]:
         """The batch arithmetic, so that nobody has to guess."""
@@ -159,29 +206,37 @@ class SupervisedRun:
         parts = self.budget.parts([e.num_tokens for e in examples], self.world.rank, self.world.size)
         return [self.objective.prepare([examples[i] for i in part], self.budget.row_tokens) for part in parts]
 
+    def note(self, step: int, metrics: Metrics) -> None:
+        """Adds `perf/mfu`: the share of what the devices of all ranks could do that the model's arithmetic took."""
+        if self.guard.refusal is None:
+            self.validation.trained(metrics["train/loss"])
+        metrics["perf/mfu"] = metrics["perf/tokens_per_s"] * self.flops_per_token / (self.peak * self.world.size)
+
     def evaluate(self, step: int, metrics: Metrics) -> None:
         """Adds `eval/` metrics on the validation split to the step's own."""
         if self.split.validation:
-            means = self.engine.evaluate(self.prepare(self.split.validation), self.objective)
+            with phase("evaluate"):
+                means = self.engine.evaluate(self.prepare(self.split.validation), self.objective)
             metrics |= {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
-
-    def note_mfu(self, step: int, metrics: Metrics) -> None:
-        """Adds `perf/mfu`: the share of what the devices of all ranks could do that the model's arithmetic took."""
-        metrics["perf/mfu"] = metrics["perf/tokens_per_s"] * self.flops_per_token / (self.peak * self.world.size)
+            metrics |= self.validation.evaluated(means["loss"])
 
     def save(self, step: int) -> None:
         started = time.perf_counter()
-        path = self.store.save(
-            step,
-            self.engine.snapshot(),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            barrier=distributed.barrier,
-        )
+        with phase("save"):
+            engine, state = self.engine.snapshot(), self.state.snapshot()
+
+            def write(directory: Path) -> None:
+                engine(directory)
+                if self.world.is_main:
+                    state(directory)
+
+            path = self.store.save(
+                step, write, rank=self.world.rank, world_size=self.world.size, barrier=distributed.barrier
+            )
         self.tracker.event("checkpoint", step=step, path=str(path), seconds=round(time.perf_counter() - started, 3))
 
-    def resume(self) -> list[dict[str, str]]:
-        """Load the newest valid checkpoint, if there is one; returns the broken ones that were passed over."""
+    def resume(self) -> tuple[int | None, list[dict[str, str]]]:
+        """Load the newest valid checkpoint, if there is one; returns its step and the broken ones that were passed over."""
         skipped: list[dict[str, str]] = []
         found: list[str] = []
         try:
@@ -192,7 +247,15 @@ class SupervisedRun:
             paths = distributed.gather(found)  # the others wait for it, whatever happened
         for path in paths:
             self.engine.load(Path(str(path)))
-        return skipped
+            self.state.load(Path(str(path)))
+        return self.engine.num_steps if paths else None, skipped
+
+    def restore(self) -> int | None:
+        """The rollback of `Guard`: weights, optimizer and run state of the newest checkpoint; returns its step."""
+        step, skipped = self.resume()
+        for broken in skipped:
+            self.tracker.event("checkpoint_skipped", **broken)
+        return step
 
     def export(self) -> None:
         if self.config.stage == "reward":
@@ -246,6 +309,7 @@ def run(config: SupervisedConfig) -> dict[str, Any] | None:
             directory = opened.enter_context(closing(open_run(config.run_dir, config)))
             finished = directory.result()
             outcome = TRAIN if finished is None else "finished"
+            (config.run_dir / STOP).unlink(missing_ok=True)  # it asked an earlier attempt
         finally:
             distributed.gather([outcome])
         if finished is None:
@@ -256,6 +320,7 @@ def run(config: SupervisedConfig) -> dict[str, Any] | None:
 
 
 TRAIN = "train"
+ROLE = "trainer"
 
 
 class TrainerRole:
@@ -275,22 +340,43 @@ class TrainerRole:
 
 
 def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
+    """Train in a pool of ranks; when one of them dies, in another pool from the last checkpoint on."""
+    for restarts_left in reversed(range(config.cluster.max_restarts + 1)):
+        try:
+            return train_in_pool(config, directory)
+        except WorkerLostError as error:
+            if signals.received:  # whoever ends the whole job may have signalled the ranks too
+                raise KeyboardInterrupt from error
+            said = last_words(directory.path, config.cluster.trainer.num_workers)
+            cause = {"where": error.where, "why": error.what, "said": said or error.fix}
+            append_event(directory.path, "worker_lost", **cause, restarts_left=restarts_left)
+            print(f"{config.stage}: {error.where}: {error.what}; {said or error.fix}", file=sys.stderr, flush=True)
+            if not restarts_left:
+                raise
+    raise AssertionError
+
+
+def train_in_pool(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
     """Start a pool of ranks and show what rank 0 writes into the run directory."""
     run_dir = directory.path.resolve()
-    roles = {"trainer": partial(TrainerRole, str(run_dir / "config.yaml"), str(run_dir))}
+    forget(run_dir)
+    roles = {ROLE: partial(TrainerRole, str(run_dir / "config.yaml"), str(run_dir))}
     with opened_pools(config.cluster, roles, directory.attempt_dir) as pools:
-        total_steps = pools["trainer"].call(TrainerRole.num_steps).wait()[0]
+        total_steps = pools[ROLE].call(TrainerRole.num_steps).wait()[0]
         console = ConsoleTracker(config.tracking.console_every_s, title=config.stage, total_steps=total_steps)
         status = "failed"
         try:
-            with following(run_dir, console):
-                result = pools["trainer"].call(TrainerRole.train).wait()[0]
+            with following(run_dir, console), signals.deferred(run_dir / STOP):
+                result = pools[ROLE].call(TrainerRole.train).wait()[0]
             status = "done"
+        except Requeue:
+            status = "stopped"
+            raise
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
-            if status != "done":  # else rank 0 has said so itself
+            if status not in ("done", "stopped"):  # else rank 0 has said so itself
                 console.finish(status)
         return result
 

@@ -77,6 +77,13 @@ class JsonlTracker:
         return RunError(f"cannot write the run's records: {error}", where=str(self._directory), fix=fix)
 
 
+def append_event(directory: Path, kind: str, **details: Any) -> None:
+    """One event in the file of a run whose own tracker is gone, as after the death of the process that had it."""
+    _cut(directory / EVENTS, math.inf)
+    with (directory / EVENTS).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(_to_line({"time_s": _now_s(), "kind": kind, **details}))
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a file, without half a record that a crash or a writer at work left at its end.
 

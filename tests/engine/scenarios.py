@@ -244,8 +244,47 @@ def failing(bench: Bench, foreign_checkpoint: Path | None) -> None:
     bench.keep("failing", told)
 
 
+def refusing(bench: Bench) -> None:
+    """Steps that are not taken, and a rollback in the midst of training, against engines that never saw them."""
+    for precision in ("fp32", "bf16"):
+        settings: dict[str, Any] = {"optim": TRAIN, "precision": Precision[precision]}
+        for name, objective in {"spike": LANGUAGE, "nan": Broken(CausalLMConfig())}.items():
+            engine, asked = bench.engine(**settings), []
+            metrics = [engine.step(refusal_batches(0), LANGUAGE)]
+            engine.step(refusal_batches(1), objective, lambda m, asked=asked: bool(asked.append(dict(m))))
+            metrics.append(engine.step(refusal_batches(2), LANGUAGE))
+            bench.keep(f"{precision}_{name}", {"metrics": metrics, "asked": asked}, engine)
+        passed_over = bench.engine(**settings)
+        metrics = [passed_over.step(refusal_batches(0), LANGUAGE)]
+        passed_over.num_steps += 1
+        metrics.append(passed_over.step(refusal_batches(2), LANGUAGE))
+        bench.keep(f"{precision}_passed_over", {"metrics": metrics}, passed_over)
+        roll_back(bench, precision, settings)
+
+
+def roll_back(bench: Bench, precision: str, settings: dict[str, Any]) -> None:
+    """Step 3 goes on from the weights after step 0: in one engine after steps 1 and 2, in the other at once."""
+    checkpoint = bench.folder / f"before_{precision}"
+    checkpoint.mkdir(exist_ok=True)
+    for name in ("rolled_back", "straight"):
+        engine = bench.engine(**settings)
+        engine.step(refusal_batches(0), LANGUAGE)
+        if name == "rolled_back":
+            engine.snapshot()(checkpoint)
+            distributed.barrier()
+            engine.step(refusal_batches(1), LANGUAGE)
+            engine.step(refusal_batches(2), Broken(CausalLMConfig()), lambda metrics: False)
+            engine.load(checkpoint)
+        engine.num_steps = 3
+        bench.keep(f"{precision}_{name}", engine.step(refusal_batches(3), LANGUAGE), engine)
+
+
+def refusal_batches(step: int) -> list[Batch]:
+    return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step))
+
+
 def run_all(config: EngineConfig, folder: Path, foreign_checkpoint: Path | None = None) -> None:
     bench = Bench(config, folder)
-    for scenario in (one_step, training, looking, two_at_once, leaving):
+    for scenario in (one_step, training, looking, two_at_once, leaving, refusing):
         scenario(bench)
     failing(bench, foreign_checkpoint)

@@ -3,6 +3,7 @@ reference gives those of plain autograd."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,31 @@ def test_weights_that_stage_3_keeps_whole_are_averaged_too(two_ranks: Path):
     for name in ("bf16_average", "bf16_average_left"):
         assert whole.numbers(name) == sharded.numbers(name)
         assert_same(whole.weights(name), sharded.weights(name))
+
+
+# ---------------------------------------------------------------- steps that are not taken
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("why", ["spike", "nan"])
+def test_a_refused_step_only_counts(results: Results, precision: str, why: str):
+    """Weights and what follows are, bit for bit, those of an engine that never saw it; also where it is made of NaN."""
+    for rank in range(results.num_ranks):
+        told = results.numbers(f"{precision}_{why}", rank)
+        assert told["metrics"] == results.numbers(f"{precision}_passed_over", rank)["metrics"]
+        (asked,) = told["asked"]  # once, on every rank, with the numbers of all
+        assert asked == pytest.approx(results.numbers(f"{precision}_{why}")["asked"][0], abs=0, nan_ok=True)
+        assert asked.keys() == told["metrics"][0].keys()
+        assert math.isfinite(asked["loss"]) == math.isfinite(asked["grad_norm"]) == (why == "spike")
+    for name, value in results.weights(f"{precision}_passed_over").items():
+        assert torch.equal(value, results.weights(f"{precision}_{why}")[name]), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rollback_forgets_what_came_after_the_checkpoint(results: Results, precision: str):
+    assert results.numbers(f"{precision}_rolled_back") == results.numbers(f"{precision}_straight")
+    for name, value in results.weights(f"{precision}_straight").items():
+        assert torch.equal(value, results.weights(f"{precision}_rolled_back")[name]), name
 
 
 # ---------------------------------------------------------------- looking

@@ -72,7 +72,7 @@ def test_a_broken_loss_leaves_the_weights_alone():
     with torch.no_grad():
         ours.model.hf.model.norm.weight.fill_(math.nan)
     before = [p.clone() for p in ours.model.parameters()]
-    with pytest.raises(NumericsError, match=r"loss is nan \(loss/tokens\)"):
+    with pytest.raises(NumericsError, match="loss is nan"):
         ours.step([batch(0)], OBJECTIVE)
     assert ours.num_steps == 0
     for old, new in zip(before, ours.model.parameters(), strict=True):
