@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from llmscale.errors import WorkerLostError
 from llmscale.phases import phase
 
 
@@ -103,6 +105,14 @@ def gather(items: Sequence[object]) -> list[object]:
     return [item for part in parts for item in part]
 
 
-def lost_peers(error: BaseException) -> bool:
-    """Whether a collective failed because another rank died, or did not come within the time limit."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+@contextmanager
+def explaining_losses(role: str) -> Iterator[None]:
+    """Raises: WorkerLostError in place of what torch says when another rank died, or did not come to a collective in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        what = f"lost contact with the other ranks: {str(error).strip().splitlines()[0]}"
+        fix = "The log of the rank that ended first says why; the same command resumes."
+        raise WorkerLostError(what, where=f"{role} {rank()}", fix=fix) from error

@@ -77,7 +77,7 @@ def test_help_of_a_stage_shows_its_own_defaults_and_choices(llmscale):
     assert "data.train=(needed)" in out
     assert "fp32 | bf16" in out
     assert "answer, function, [learned]" in out
-    assert "peak learning rate" in out
+    assert "Peak learning rate" in out
 
 
 def test_help_can_be_cut_off():

@@ -125,12 +125,6 @@ class SupervisedRun:
         except KeyboardInterrupt:
             status = "interrupted"
             raise
-        except RuntimeError as error:
-            if not distributed.lost_peers(error):
-                raise
-            what = f"lost contact with the other ranks: {str(error).strip().splitlines()[0]}"
-            fix = "The log of the rank that ended first says why; the same command resumes."
-            raise WorkerLostError(what, where=f"{ROLE} {self.world.rank}", fix=fix) from error
         finally:
             self.prepared.close()
             self.tracker.finish(status)
@@ -301,7 +295,7 @@ def run(config: SupervisedConfig) -> dict[str, Any] | None:
     if not world.is_main:
         (outcome,) = distributed.gather([])
         if outcome == TRAIN:
-            SupervisedRun(config, config.run_dir).train()
+            train_here(config, config.run_dir)
         return None
     with ExitStack() as opened:
         outcome = "refused"
@@ -314,13 +308,18 @@ def run(config: SupervisedConfig) -> dict[str, Any] | None:
             distributed.gather([outcome])
         if finished is None:
             in_ray = world.size == 1 and (config.cluster.trainer.num_workers > 1 or config.cluster.address is not None)
-            finished = train_on_ray(config, directory) if in_ray else SupervisedRun(config, directory.path).train()
+            finished = train_on_ray(config, directory) if in_ray else train_here(config, directory.path)
             directory.finish(finished)
         return finished
 
 
 TRAIN = "train"
 ROLE = "trainer"
+
+
+def train_here(config: SupervisedConfig, run_dir: Path) -> dict[str, Any]:
+    with distributed.explaining_losses(ROLE):
+        return SupervisedRun(config, run_dir).train()
 
 
 class TrainerRole:
@@ -330,13 +329,15 @@ class TrainerRole:
         config: SupervisedConfig = load(Path(config_file))
         if distributed.world_from_environment().is_main:
             self.lock = wait_for_writer(Path(run_dir), config.cluster.start_timeout_s)
-        self.run = SupervisedRun(config, Path(run_dir))
+        with distributed.explaining_losses(ROLE):
+            self.run = SupervisedRun(config, Path(run_dir))
 
     def num_steps(self) -> int:
         return self.run.num_steps
 
     def train(self) -> dict[str, Any]:
-        return self.run.train()
+        with distributed.explaining_losses(ROLE):
+            return self.run.train()
 
 
 def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:

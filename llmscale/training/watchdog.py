@@ -105,8 +105,10 @@ class Watchdog:
                 yield f"{self._role} {rank} has said nothing"
                 continue
             age_s = time.time() - record["time_s"]
-            state = f"has been silent for {age_s:.0f} s" if age_s > 4 * self._tick_s else "is alive"
-            yield f"{self._role} {rank} (pid {record['pid']} on {record['host']}) {state}: {record['text']}"
+            state = f"has been silent for {age_s:.0f} s: " if age_s > 4 * self._tick_s else "is alive: "
+            if record["text"].startswith(GAVE_UP):
+                state = ""
+            yield f"{self._role} {rank} (pid {record['pid']} on {record['host']}) {state}{record['text']}"
 
 
 def forget(run_dir: Path) -> None:

@@ -1,5 +1,5 @@
 """One of two ranks under a watchdog, as torchrun would start it: `python -m tests.training.ranks FOLDER HOW`. At step 3
-rank 1 goes to sleep, or is stopped."""
+rank 1 goes to sleep, is stopped or is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def main(folder: Path, how: str) -> None:
     def report(text: str) -> None:
         (folder / f"report-{world.rank}").write_text(text)
 
-    with Watchdog("trainer", world, folder, STALL_TIMEOUT_S, step=lambda: at, report=report):
+    watchdog = Watchdog("trainer", world, folder, STALL_TIMEOUT_S, step=lambda: at, report=report)
+    with distributed.explaining_losses("trainer"), watchdog:
         while True:
             at += 1
             with phase("data"):
@@ -32,6 +33,8 @@ def main(folder: Path, how: str) -> None:
                         while "step 3: data" not in (folder / FOLDER / "rank-00001.json").read_text():
                             time.sleep(0.05)
                         os.kill(os.getpid(), signal.SIGSTOP)
+                    if how == "killed":
+                        os.kill(os.getpid(), signal.SIGKILL)
                     time.sleep(600)
             with phase("step"), phase("backward"):
                 distributed.all_reduce({"num_tokens": 1.0, "count/tokens": 1.0})
