@@ -31,14 +31,19 @@ SUMMARY = {
     "generate": "answers from a trained model",
     "chat": "talk to a trained model",
 }
+VERBS = {  # what takes arguments of its own instead of a config
+    "checkpoint": ("llmscale.stages.checkpoints:run", "list, verify, export or pin the checkpoints of a run"),
+}
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
     sys.path.append(os.getcwd())  # plugins and reward functions lie beside the user, as with `python -m`
     try:
-        status = _run(_arguments(argv))
+        verb = next((argument for argument in argv if argument in VERBS), None)
+        status = _run_verb(verb, argv) if verb and argv[0] in (verb, "--debug") else _run(_arguments(argv))
     except Requeue as saved:
         print(saved, file=sys.stderr)
         status = saved.exit_code
@@ -51,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = Requeue.exit_code if signals.received else EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _run_verb(verb: str, argv: list[str]) -> int:
+    argv.remove(verb)
+    return _entry(VERBS[verb][0])(argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -72,8 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
         signals.install()
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    module, _, function = str(options(STAGE)[stage].builds).partition(":")
-    entry = getattr(importlib.import_module(module), function)
+    entry = _entry(str(options(STAGE)[stage].builds))
     try:
         result = entry(configs if stage == "pipeline" else configs[stage])
     except LlmscaleError as error:
@@ -87,6 +96,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print_summary(results)
     return 0
+
+
+def _entry(reference: str) -> Any:
+    """The function that `module:function` names."""
+    module, _, function = reference.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _show(text: str) -> int:
@@ -113,7 +128,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, fix=f"Write {USAGE}; overrides have no dashes, as in optim.lr=1e-3.")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError for an option or a stage that there is not."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
@@ -127,9 +142,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.stage is None and not arguments.help:
         raise UsageError("no stage is named", fix="llmscale --help lists what there is.")
     if arguments.stage not in (None, *SUMMARY):
-        found = nearest(arguments.stage, list(SUMMARY))
+        known = [*SUMMARY, *VERBS]
+        found = nearest(arguments.stage, known)
         fix = f"Did you mean {found}? " if found else ""
-        raise UsageError(f"there is no stage {arguments.stage!r}", fix=f"{fix}There is: {', '.join(SUMMARY)}.")
+        raise UsageError(f"there is no stage {arguments.stage!r}", fix=f"{fix}There is: {', '.join(known)}.")
     return arguments
 
 
@@ -138,6 +154,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _help(config_dir: str | None) -> str:
     stages = "\n".join(f"  {name:<10} {text}" for name, text in SUMMARY.items())
+    verbs = "\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())
     chosen = sorted({*groups(), "model", "cluster", EXPERIMENT})
     listed = "\n".join(f"  {group:<10} {', '.join(choices(group, config_dir))}" for group in chosen)
     return f"""usage: {USAGE}
@@ -146,6 +163,9 @@ Pretraining, fine-tuning, reward modelling and RLHF from one config.
 
 stages (llmscale STAGE --help lists its keys):
 {stages}
+
+verbs (llmscale VERB --help):
+{verbs}
 
 groups (chosen by name, as in engine=deepspeed):
 {listed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,6 +82,19 @@ def barrier() -> None:
     if world_size() > 1:
         with phase("barrier"):
             dist.barrier()
+
+
+def new_barrier(timeout_s: float) -> Callable[[], None]:
+    """Collective: a barrier of its own group, on the CPU. Another thread may wait in it while this one takes part in the
+    collectives of the others; two threads in one group would answer each other's calls.
+
+    The barrier raises RuntimeError, naming the first rank that is missing, when that has not come after `timeout_s`.
+    """
+    if world_size() == 1:
+        return lambda: None
+    timeout = timedelta(seconds=timeout_s)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    return lambda: dist.monitored_barrier(group, timeout)
 
 
 def all_reduce(values: Mapping[str, float], op: str = "sum") -> dict[str, float]:

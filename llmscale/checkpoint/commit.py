@@ -1,7 +1,8 @@
 """The commit protocol: how a directory that several ranks fill becomes one checkpoint, completely or not at all.
 
-    rank 0 makes .tmp-step-000100 | every rank writes its files into it, brings them to disk and leaves a mark |
-    rank 0 sees every mark, digests every file, writes manifest.json, renames to step-000100, moves `latest`, prunes
+    rank 0 makes .tmp-step-000100 | every rank writes its files into a part of its own, digests them, brings them to
+    disk and leaves a mark | rank 0 sees every mark, moves the parts together, writes manifest.json, renames to
+    step-000100, moves `latest`, prunes
 
 A bar is a barrier. A checkpoint exists when its rename has happened; before that the one before it is untouched. What
 loading may use is decided by the manifest alone: `latest` is for people. Digests are checked before anything is
@@ -10,39 +11,48 @@ unpickled. Ranks on several hosts need a file system that they share.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from llmscale.checkpoint.durable import atomic_write_text, discard, fsync, fsync_tree, remove, replace_directory
+from llmscale.checkpoint.manifest import (
+    ALGORITHM,
+    MANIFEST,
+    Checkpoint,
+    File,
+    Manifest,
+    digest,
+    file_names,
+    files_from_json,
+    files_to_json,
+    read_manifest,
+    verify,
+)
+from llmscale.checkpoint.task import Task
 from llmscale.errors import CheckpointError, LlmscaleError
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
 LATEST = "latest"
-_NAME = re.compile(r"(?:\.replaced-)?step-(\d+)")  # a replaced one is complete: see durable.replace_directory
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    step: int
-    path: Path
+PINNED = ".pinned"  # a file in the checkpoint: it is never removed
+_NAME = re.compile(r"(?:\.replaced-)?step-(\d+)(?:\.\d+)?")  # a replaced one is complete: see durable.replace_directory
 
 
 class CheckpointStore:
-    """The checkpoints of one run. One process group writes at a time (the lock of the run directory sees to that)."""
+    """The checkpoints of one run. One process group writes at a time (the lock of the run directory sees to that).
 
-    def __init__(self, directory: Path, keep: int = 2):
+    Kept are the `keep` newest, with `keep_best` that of the lowest score too, and every one that is pinned.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2, keep_best: bool = False):
         if keep < 1:
             raise CheckpointError(f"keep must be at least 1, is {keep}", where=str(directory))
         self.directory = directory
-        self.keep = keep
+        self.keep, self.keep_best = keep, keep_best
         self._broken: set[Path] = set()  # passed over by newest_valid: they do not count among those to keep
 
     def save(
@@ -54,11 +64,13 @@ class CheckpointStore:
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
         expected_bytes: int | None = None,
+        score: float | None = None,
     ) -> Path:
         """Collective: every rank calls this, and its `write` puts its own files into the directory that it is given.
 
         `expected_bytes` is the size of the whole checkpoint, to refuse early when the disk has less; by default that
-        of the checkpoint before. Checkpoints of later steps belong to a past that was rolled back: they are removed.
+        of the checkpoint before. `score` (lower is better; one that is not finite counts as none) goes into the
+        manifest. Checkpoints of later steps belong to a past that was rolled back: they are removed.
 
         When any rank fails, all of them still pass the same barriers, nothing is committed and every rank raises: the
         failing one its own error, the others one that names it. A rank that dies, or fails inside a collective that
@@ -66,8 +78,8 @@ class CheckpointStore:
 
         Raises: CheckpointError when the disk or another rank failed; whatever else `write` raised, as it is.
         """
-        target = self.directory / f"step-{step:06d}"
-        partial = self.directory / f".tmp-{target.name}"
+        target = self._target(step)
+        partial = self.directory / f".tmp-step-{step:06d}"
 
         def prepare() -> None:
             if rank == 0:
@@ -75,13 +87,18 @@ class CheckpointStore:
 
         def write_part() -> None:
             _require(partial)
-            write(partial)
-            fsync_tree(partial)  # every host its own dirty pages; a file that another rank has synced costs nothing
-            _mark(partial, rank).touch()
+            part = _part(partial, rank)
+            part.mkdir()
+            write(part)
+            files = _on_disk(part)
+            atomic_write_text(_mark(partial, rank), json.dumps(files_to_json(files)))
 
         def commit() -> None:
+            nonlocal target
             if rank == 0:
-                self._commit(step, partial, target, world_size)
+                target = self._target(step)  # again: it may have been pinned meanwhile
+                files = _assemble(step, partial, world_size)
+                self._commit(step, score, files, partial, target)
 
         def confirm() -> None:
             if rank != 0 and partial.name in os.listdir(self.directory):
@@ -132,19 +149,21 @@ class CheckpointStore:
         return None
 
     def checkpoints(self) -> list[Checkpoint]:
-        """What is there, newest first, not verified."""
+        """What is there, the last one that was committed first, not verified. After a rollback that is not the highest
+        step, when a later one is pinned."""
         if not self.directory.is_dir():
             return []
         named = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
         found = [Checkpoint(int(match[1]), path) for match, path in named if match]
-        return sorted(found, key=lambda c: (c.step, c.path.name), reverse=True)  # "." sorts a replaced one behind
+        return sorted(found, key=_order, reverse=True)
 
     def _prepare(self, partial: Path, expected_bytes: int | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         fsync(self.directory.parent)
         for leftover in self.directory.glob(".tmp-*"):
             remove(leftover)
-        needed = self._last_bytes() if expected_bytes is None else expected_bytes
+        before = next((manifest.num_bytes for manifest in self._manifests()), 0)
+        needed = before if expected_bytes is None else expected_bytes
         free = shutil.disk_usage(self.directory).free
         if needed > free:
             raise CheckpointError(
@@ -154,36 +173,23 @@ class CheckpointStore:
             )
         partial.mkdir()
 
-    def _last_bytes(self) -> int:
-        for checkpoint in self.checkpoints():
-            try:
-                return sum(size for size, _ in _read_manifest(checkpoint).values())
-            except CheckpointError:
-                continue  # only an estimate is wanted here; loading reports what is broken
-        return 0
+    def _manifests(self) -> list[Manifest]:
+        """Those that can be read, newest first; loading reports the others."""
+        return [manifest for checkpoint in self.checkpoints() if (manifest := _manifest_or_none(checkpoint))]
 
-    def _commit(self, step: int, partial: Path, target: Path, world_size: int) -> None:
-        marks = [_mark(partial, rank) for rank in range(world_size)]
-        present = set(os.listdir(partial))  # a listing: network file systems may remember that a name was not there
-        silent = [str(rank) for rank, mark in enumerate(marks) if mark.name not in present]
-        if silent:
-            raise CheckpointError(
-                f"step {step} is not saved: its part was not written by rank {', '.join(silent)}",
-                where=str(partial),
-                fix="The log of that rank says why; earlier checkpoints are untouched.",
-            )
-        for mark in marks:
-            mark.unlink()
-        digests = _digests(partial, _files(partial))
-        files = {name: {"bytes": (partial / name).stat().st_size, "blake2b": d} for name, d in digests.items()}
-        if MANIFEST in files:
-            raise CheckpointError(f"a checkpoint cannot hold a file {MANIFEST} of its own", where=str(partial))
-        manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
-        atomic_write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    def _target(self, step: int) -> Path:
+        """Where a checkpoint of this step goes: in the place of an earlier one, unless that is pinned."""
+        names = chain([f"step-{step:06d}"], (f"step-{step:06d}.{n}" for n in count(2)))
+        return next(path for name in names if not is_pinned(path := self.directory / name))
+
+    def _commit(self, step: int, score: float | None, files: dict[str, File], partial: Path, target: Path) -> None:
+        number = 1 + max((manifest.number for manifest in self._manifests()), default=0)
+        score = score if score is not None and math.isfinite(score) else None
+        Manifest(step, files, number, score).write(partial)
         replace_directory(partial, target)
         self._broken.discard(target)
         self._point_latest(target)
-        self._prune(step)
+        self._prune()
 
     def _point_latest(self, target: Path) -> None:
         latest, fresh = self.directory / LATEST, self.directory / f".tmp-{LATEST}"
@@ -193,76 +199,100 @@ class CheckpointStore:
         fresh.replace(latest)
         fsync(self.directory)
 
-    def _prune(self, step: int) -> None:
+    def _prune(self) -> None:
         stored = self.checkpoints()
-        kept = [c for c in stored if c.step <= step and c.path not in self._broken][: self.keep]
+        manifests = {c: m for c in stored if c.path not in self._broken and (m := _manifest_or_none(c))}
+        past: list[Checkpoint] = []  # back from the newest; what does not lie before it was rolled back
+        for checkpoint in manifests:
+            if not past or checkpoint.step < past[-1].step:
+                past.append(checkpoint)
+        kept = past[: self.keep]
+        scores = {c: score for c in past if (score := manifests[c].score) is not None}
+        if self.keep_best and scores:
+            kept.append(min(scores, key=scores.__getitem__))  # of equal ones the newest
         for checkpoint in stored:
-            if checkpoint not in kept:
+            if checkpoint not in kept and not is_pinned(checkpoint.path):
                 discard(checkpoint.path)
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Raises: CheckpointError with the reason when the files of a checkpoint are not those of its manifest."""
-    listed = _read_manifest(checkpoint)
-    try:
-        present = {name: (checkpoint.path / name).stat().st_size for name in _files(checkpoint.path)}
-        # A loader may take whatever matches its pattern, so nothing may lie there that no digest covers.
-        foreign = [n for n in present if n not in listed and n != MANIFEST and not Path(n).name.startswith(".")]
-        if foreign:
-            raise _broken(checkpoint, f"{foreign[0]} is not in the manifest")
-        for name, (size, _) in listed.items():
-            if name not in present:
-                raise _broken(checkpoint, f"{name} is missing")
-            if present[name] != size:
-                raise _broken(checkpoint, f"{name} has {present[name]} bytes instead of {size}")
-        for name, digest in _digests(checkpoint.path, list(listed)).items():
-            if digest != listed[name][1]:
-                raise _broken(checkpoint, f"the content of {name} is not what was written")
-    except OSError as error:
-        raise _broken(checkpoint, f"it cannot be read: {error}") from error
+def is_pinned(checkpoint: Path) -> bool:
+    return os.path.exists(checkpoint / PINNED)
 
 
-def _read_manifest(checkpoint: Checkpoint) -> dict[str, tuple[int, str]]:
-    """File name -> (bytes, digest)."""
+def pin(checkpoint: Path) -> None:
+    """Keep a checkpoint whatever comes, a rollback and another one of the same step included."""
+    (checkpoint / PINNED).touch()
+    fsync(checkpoint)
+
+
+def unpin(checkpoint: Path) -> None:
+    (checkpoint / PINNED).unlink(missing_ok=True)
+    fsync(checkpoint)
+
+
+def _order(checkpoint: Checkpoint) -> tuple[float, int, str]:
+    """One without a manifest that can be read comes first: it is passed over, and somebody should hear of it. A replaced
+    one stands behind the one that replaced it."""
+    manifest = _manifest_or_none(checkpoint)
+    return manifest.number if manifest else math.inf, checkpoint.step, checkpoint.path.name
+
+
+def _manifest_or_none(checkpoint: Checkpoint) -> Manifest | None:
     try:
-        manifest = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
-        schema, step = manifest["schema_version"], manifest["step"]
-        files = {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in manifest["files"].items()}
-    except OSError as error:
-        raise _broken(checkpoint, f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(checkpoint, f"{MANIFEST} is damaged") from error
-    if schema != SCHEMA_VERSION:
-        raise _broken(checkpoint, f"its schema version is {schema}, this program reads {SCHEMA_VERSION}")
-    if step != checkpoint.step:
-        raise _broken(checkpoint, f"its manifest is of step {step}")
+        return read_manifest(checkpoint)
+    except CheckpointError:
+        return None
+
+
+def _on_disk(part: Path) -> dict[str, File]:
+    """Bring a rank's files to disk and digest them meanwhile, from memory where they still are."""
+    synced = Task(lambda: fsync_tree(part))
+    try:
+        return {name: File((part / name).stat().st_size, ALGORITHM, digest(part / name)) for name in file_names(part)}
+    finally:
+        synced.result()
+
+
+def _assemble(step: int, partial: Path, world_size: int) -> dict[str, File]:
+    """Move the parts of all ranks together; returns every file of them."""
+    marks = [_mark(partial, rank) for rank in range(world_size)]
+    present = set(os.listdir(partial))  # a listing: network file systems may remember that a name was not there
+    silent = [str(rank) for rank, mark in enumerate(marks) if mark.name not in present]
+    if silent:
+        raise CheckpointError(
+            f"step {step} is not saved: its part was not written by rank {', '.join(silent)}",
+            where=str(partial),
+            fix="The log of that rank says why; earlier checkpoints are untouched.",
+        )
+    files: dict[str, File] = {}
+    for rank, mark in enumerate(marks):
+        part = _part(partial, rank)
+        for name, file in files_from_json(json.loads(mark.read_text(encoding="utf-8"))).items():
+            if name in files or name == MANIFEST:
+                what = "two ranks wrote" if name in files else "a checkpoint cannot hold"
+                raise CheckpointError(f"{what} a file {name}", where=str(partial))
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).rename(partial / name)
+            files[name] = file
+        remove(part)
+        mark.unlink()
+    for directory in filter(Path.is_dir, partial.rglob("*")):
+        fsync(directory)
     return files
 
 
-def _broken(checkpoint: Checkpoint, why: str) -> CheckpointError:
-    return CheckpointError(why, where=str(checkpoint.path))
-
-
-def _files(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
-
-
-def _digests(directory: Path, names: Sequence[str]) -> dict[str, str]:
-    def digest(name: str) -> str:
-        with (directory / name).open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
-
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter lock
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
 def _free_bytes(directory: Path) -> int:
-    there = next(path for path in (directory, *directory.parents) if path.exists())
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
     return shutil.disk_usage(there).free
 
 
+def _part(partial: Path, rank: int) -> Path:
+    """Where a rank writes. What lies there is its own, so that each host digests what it has in memory."""
+    return partial / f".part-{rank:05d}"
+
+
 def _mark(partial: Path, rank: int) -> Path:
-    """That it exists says that this rank's part is complete and on disk; a full disk cannot fake it."""
+    """Lists the files of this rank's part. That it exists says that they are complete and on disk."""
     return partial / f".written-{rank:05d}"
 
 

@@ -7,11 +7,13 @@ the first, and the second is switched off.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences a warning
 
 import deepspeed
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals, parameter_buckets, require_finite, same_number_on_all_ranks
@@ -36,7 +39,8 @@ from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.engine.gate import Gate
 from llmscale.errors import CheckpointError
-from llmscale.models.loading import Model, save_hf
+from llmscale.models.export import SHARD_BYTES, save_hf
+from llmscale.models.loading import Model
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
@@ -131,12 +135,13 @@ class DeepSpeedEngine(FrozenEngine):
         self.num_steps = state["num_steps"]
 
     def export(self, directory: Path, tokenizer) -> None:
-        weights: dict[str, Tensor] = {}
         with self.averaged():
-            for bucket in self.full_parameters(bucket_bytes=1 << 28):
-                weights |= {name: value.cpu().clone() for name, value in bucket.items()}
-        if distributed.rank() == 0:
-            save_hf(self.model, tokenizer, directory, weights)
+            buckets = self.full_parameters(SHARD_BYTES)
+            try:
+                if distributed.rank() == 0:
+                    save_hf(self.model, tokenizer, directory, buckets)
+            finally:
+                deque(buckets, maxlen=0)  # the others wait for rank 0 in each bucket, whatever happened to it
 
     def _spread_masters(self) -> None:
         """The optimizer's own weights (fp32, this rank's part) were changed: bring them to where the forward reads."""
@@ -190,3 +195,17 @@ def _join_group(device: torch.device) -> None:
         os.environ.setdefault(name, value)
     with redirect_stdout(sys.stderr):  # it prints; stdout is for results
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def master_weights(directory: Path) -> dict[str, Any]:
+    """The fp32 weights in a checkpoint of any ZeRO stage and number of ranks; `.contiguous()` makes a tensor of one. They are
+    unpickled: the caller has checked the files' digests against the manifest that we wrote.
+
+    Raises: CheckpointError for ZeRO-1 in bf16, whose files DeepSpeed's own function does not read.
+    """
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells what it does
+        try:
+            return get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG, lazy_mode=True)
+        except ValueError as error:
+            fix = "Let the run end: it writes the model itself."
+            raise CheckpointError(f"DeepSpeed finds no weights: {error}", where=str(directory), fix=fix) from error

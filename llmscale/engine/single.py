@@ -25,7 +25,8 @@ from llmscale.engine.averaging import WeightAverage
 from llmscale.engine.config import SingleConfig
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import ConfigError
-from llmscale.models.loading import Model, save_hf
+from llmscale.models.export import SHARD_BYTES, save_hf
+from llmscale.models.loading import Model
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
@@ -106,5 +107,4 @@ class SingleEngine(FrozenEngine):
 
     def export(self, directory: Path, tokenizer) -> None:
         with self.averaged():
-            weights = {name: value for bucket in self.full_parameters(1 << 62) for name, value in bucket.items()}
-            save_hf(self.model, tokenizer, directory, weights)
+            save_hf(self.model, tokenizer, directory, self.full_parameters(SHARD_BYTES))

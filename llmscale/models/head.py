@@ -54,9 +54,9 @@ class TokenHead(nn.Linear):
 
 def install_token_head(hf: PreTrainedModel) -> TokenHead | None:
     """Replace the output layer by a TokenHead with the same weights; None, and nothing is changed, where the model does more
-    than a linear layer between its last hidden state and its logits (soft-capping, scaling)."""
+    than a linear layer between its last hidden state and its logits (soft-capping, scaling), or has no weights to try."""
     old = hf.get_output_embeddings()
-    if type(old) is not nn.Linear or not _is_all_there_is(hf, old):
+    if type(old) is not nn.Linear or old.weight.is_meta or not _is_all_there_is(hf, old):
         return None
     head = TokenHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight, head.bias = old.weight, old.bias  # the same parameters: tied ones stay tied

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, making new ones, and writing them as Hugging Face folders.
+"""Loading models and tokenizers, and making new ones.
 
 A model here is an `nn.Module` called with `input_ids` and `position_ids` [B, T] that returns one tensor: logits
 [B, T, V] (`LanguageModel`) or one scalar per token [B, T] (`ScalarModel`: reward models and critics).
@@ -6,6 +6,7 @@ A model here is an `nn.Module` called with `input_ids` and `position_ids` [B, T]
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,7 +27,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from llmscale.errors import ModelError, NumericsError
+from llmscale.errors import ModelError
 from llmscale.functional import token_entropy, token_logprobs
 from llmscale.models.config import ModelConfig
 from llmscale.models.head import install_token_head, scored
@@ -176,6 +178,18 @@ def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0, zero_head:
     return ScalarModel(hf)
 
 
+def empty_model(path: str, dropout: float = 0.0, scalar: bool = False) -> Model:
+    """The model of a folder or hub name without its weights, which are on the meta device: for who has others."""
+    config = _with_dropout(_read_config(path, **({"num_labels": 1} if scalar else {})), dropout)
+    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with torch.device("meta"):
+        hf = auto.from_config(config)
+    if hf.can_generate():
+        with suppress(OSError):  # there is none: it keeps that of its config
+            hf.generation_config = GenerationConfig.from_pretrained(resolve(path))
+    return ScalarModel(hf) if scalar else LanguageModel(hf)
+
+
 def cast_parameters(model: Model, dtype: torch.dtype) -> None:
     """Cast the weights alone: `model.to(dtype)` would cast the rotary frequencies too, and with them late positions."""
     for parameter in model.parameters():
@@ -186,19 +200,6 @@ def has_scalar_head(path: str) -> bool:
     """Whether the saved model is a reward model (a sequence classifier) rather than a language model."""
     architectures = _read_config(path).architectures or []
     return any("SequenceClassification" in name for name in architectures)
-
-
-def save_hf(model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, weights: dict[str, Tensor]) -> None:
-    """Write a folder that transformers, vLLM and PEFT load as it is. `weights` are named as in `model`, a tied one
-    once."""
-    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise NumericsError(
-            f"the weight {broken[0]} is not finite", fix="Lower optim.lr; an earlier checkpoint may do."
-        )
-    state = {name.removeprefix("hf."): value for name, value in weights.items()}
-    model.hf.save_pretrained(directory, state_dict=state)
-    tokenizer.save_pretrained(directory)
 
 
 def check_isolation(model: Model) -> None:

@@ -19,6 +19,7 @@ import torch
 import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
 from llmscale.batch import Batch
+from llmscale.checkpoint.background import AsyncSaver, Saved
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.durable import commit_directory
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id, wait_for_writer
@@ -56,6 +57,7 @@ from llmscale.training.stop import StopRequest, signals
 from llmscale.training.validation import Validation
 from llmscale.training.watchdog import Watchdog, forget, last_words
 
+PATIENCE_S = 3600.0  # longest wait for what one rank does for all: train a tokenizer, write or verify a checkpoint
 LOADERS: dict[str, Callable[..., Split[Any]]] = {
     "pretrain": load_text,
     "sft": load_conversations,
@@ -69,8 +71,9 @@ class SupervisedRun:
     def __init__(self, config: SupervisedConfig, run_dir: Path):
         self.config, self.run_dir = config, run_dir
         self.world = distributed.join(config.cluster.collective_timeout_s)
+        self.barrier = distributed.new_barrier(PATIENCE_S)
         self.say(f"reading {config.data.train}")
-        self.tokenizer = prepare_tokenizer(config, run_dir)
+        self.tokenizer = prepare_tokenizer(config, run_dir, self.barrier)
         self.split = LOADERS[config.stage](config.data, self.tokenizer)
         self.order = SampleOrder(len(self.split.train), config.run.seed)
         self.num_steps = config.training.num_steps or math.ceil(
@@ -89,7 +92,10 @@ class SupervisedRun:
         self.engine = build(config.engine, model, config.optim, self.num_steps)
         self.budget = TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, self.engine.packed)
         self.prepared = Prefetcher(self.prepare_step, self.num_steps)
-        self.store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
+        training = config.training
+        self.store = CheckpointStore(run_dir / "checkpoints", training.keep_checkpoints, training.keep_best)
+        self.saver = AsyncSaver(self.store, rank=self.world.rank, world_size=self.world.size, barrier=self.barrier)
+        self.scores: dict[int, float] = {}  # step -> eval/loss
         self.guard = Guard(config.training, lambda kind, **details: self.tracker.event(kind, **details))
         self.validation = Validation(config.training.early_stopping_evals)
         if config.training.early_stopping_evals and not self.split.validation:
@@ -117,9 +123,11 @@ class SupervisedRun:
             self.tracker.event("plan", **self.plan())
             self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
             self.train_steps()
+            self.report(self.saver.wait())
             self.export()
             status = "done"
         except Requeue:
+            self.report(self.saver.wait())
             status = "stopped"
             raise
         except KeyboardInterrupt:
@@ -211,12 +219,14 @@ class SupervisedRun:
         if self.split.validation:
             with phase("evaluate"):
                 means = self.engine.evaluate(self.prepare(self.split.validation), self.objective)
+            self.scores = {step: means["loss"]}
             metrics |= {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
             metrics |= self.validation.evaluated(means["loss"])
 
     def save(self, step: int) -> None:
-        started = time.perf_counter()
-        with phase("save"):
+        """Copy the state; a thread writes it while training goes on."""
+
+        def snapshot() -> Callable[[Path], None]:
             engine, state = self.engine.snapshot(), self.state.snapshot()
 
             def write(directory: Path) -> None:
@@ -224,10 +234,15 @@ class SupervisedRun:
                 if self.world.is_main:
                     state(directory)
 
-            path = self.store.save(
-                step, write, rank=self.world.rank, world_size=self.world.size, barrier=distributed.barrier
-            )
-        self.tracker.event("checkpoint", step=step, path=str(path), seconds=round(time.perf_counter() - started, 3))
+            return write
+
+        with phase("save"):
+            self.report(self.saver.save(step, snapshot, score=self.scores.get(step)))
+
+    def report(self, saved: Saved | None) -> None:
+        if saved is not None:
+            seconds = round(saved.seconds, 3)
+            self.tracker.event("checkpoint", step=saved.step, path=str(saved.path), seconds=seconds)
 
     def resume(self) -> tuple[int | None, list[dict[str, str]]]:
         """Load the newest valid checkpoint, if there is one; returns its step and the broken ones that were passed over."""
@@ -238,6 +253,7 @@ class SupervisedRun:
                 checkpoint = self.store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
                 found = [str(checkpoint.path)] if checkpoint else []
         finally:
+            self.barrier()  # to read every byte may take longer than a collective may
             paths = distributed.gather(found)  # the others wait for it, whatever happened
         for path in paths:
             self.engine.load(Path(str(path)))
@@ -246,6 +262,7 @@ class SupervisedRun:
 
     def restore(self) -> int | None:
         """The rollback of `Guard`: weights, optimizer and run state of the newest checkpoint; returns its step."""
+        self.report(self.saver.wait())
         step, skipped = self.resume()
         for broken in skipped:
             self.tracker.event("checkpoint_skipped", **broken)
@@ -382,7 +399,7 @@ def train_in_pool(config: SupervisedConfig, directory: RunDirectory) -> dict[str
         return result
 
 
-def prepare_tokenizer(config: SupervisedConfig, run_dir: Path) -> Any:
+def prepare_tokenizer(config: SupervisedConfig, run_dir: Path, barrier: Callable[[], None]) -> Any:
     """The model's tokenizer, or one trained on the data by rank 0 and kept in the run directory."""
     given = config.model.tokenizer or config.model.path
     if given is not None:
@@ -393,7 +410,7 @@ def prepare_tokenizer(config: SupervisedConfig, run_dir: Path) -> Any:
         texts = (record.string("text") for record in records)
         tokenizer = train_tokenizer(texts, config.model.vocab_size, config.model.max_position)
         commit_directory(folder, tokenizer.save_pretrained)
-    distributed.barrier()
+    barrier()
     return load_tokenizer(str(folder))
 
 

@@ -16,6 +16,7 @@ class TrainingConfig:
     eval_every_steps: int = 100  # validation, where there is a validation split; also at the end
     save_every_steps: int = 100  # checkpoints; also at the end
     keep_checkpoints: int = 2  # newest ones kept on disk
+    keep_best: bool = False  # and the one of lowest eval/loss, of those saved at an evaluation
     # Stop after this many evaluations without a new best eval/loss; null: never
     early_stopping_evals: int | None = None
     # Steps of any 128 that may be skipped because their loss or gradient norm is not finite, or a spike; 0: none

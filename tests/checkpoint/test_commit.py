@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llmscale.checkpoint.commit import MANIFEST, CheckpointStore
+from llmscale.checkpoint.background import AsyncSaver
+from llmscale.checkpoint.commit import CheckpointStore, pin, unpin
+from llmscale.checkpoint.manifest import MANIFEST, Checkpoint
 from llmscale.errors import CheckpointError, NumericsError
 
 
@@ -79,7 +82,7 @@ def test_saves_load_and_prunes_beyond_keep(checkpoints: Path):
 def test_the_manifest_lists_every_file_with_its_size(checkpoints: Path):
     saved(checkpoints, 100)
     manifest = json.loads((checkpoints / "step-000100" / MANIFEST).read_text())
-    assert (manifest["schema_version"], manifest["step"]) == (1, 100)
+    assert (manifest["schema_version"], manifest["step"], manifest["number"]) == (2, 100, 1)
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
         "engine/weights.bin": 1000,
         "state.json": len('{"step": 100}'),
@@ -114,6 +117,91 @@ def test_a_broken_checkpoint_takes_no_place_among_the_kept(checkpoints: Path):
     assert names(checkpoints) == {"step-000100", "step-000200", "latest"}
 
 
+# ---------------------------------------------------------------- the best, the pinned, and pasts that were left
+
+
+def scored(directory: Path, *scores: float | None, keep: int = 1) -> set[str]:
+    """Checkpoints of steps 1, 2, ... with these scores, each by a process of its own; what is left of them."""
+    for step, score in enumerate(scores, start=1):
+        CheckpointStore(directory, keep=keep, keep_best=True).save(step, writer(step), score=score)
+    return names(directory) - {"latest"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "left"),
+    [
+        ([3.0, 1.0, 2.0, 4.0], {2, 4}),
+        ([1.0, 2.0, 3.0], {1, 3}),
+        ([3.0, 2.0, 1.0], {3}),  # the newest is the best
+        ([1.0, 1.0, 2.0], {2, 3}),  # of equal ones the newer
+        ([1.0, math.nan, math.inf, 2.0], {1, 4}),
+        ([None, -1.0, None, None], {2, 4}),
+        ([None, None], {2}),
+    ],
+)
+def test_the_best_is_kept_over_restarts(checkpoints: Path, scores: list[float | None], left: set[int]):
+    assert scored(checkpoints, *scores) == {f"step-{step:06d}" for step in left}
+    assert loaded(checkpoints) == (len(scores), {}), "the newest is what a run resumes from"
+
+
+def test_the_best_comes_beside_the_newest(checkpoints: Path):
+    assert scored(checkpoints, 1.0, 2.0, 3.0, 4.0, keep=2) == {"step-000001", "step-000003", "step-000004"}
+
+
+def test_a_best_that_was_rolled_back_or_broken_is_not_kept(checkpoints: Path):
+    scored(checkpoints, 4.0, 3.0, 1.0, keep=3)
+    _truncate(checkpoints / "step-000002")
+    store = CheckpointStore(checkpoints, keep=1, keep_best=True)
+    _truncate(checkpoints / "step-000003")
+    assert store.newest_valid() == Checkpoint(1, checkpoints / "step-000001")
+    store.save(4, writer(4), score=5.0)
+    assert names(checkpoints) == {"step-000001", "step-000004", "latest"}
+    store.save(2, writer(2), score=6.0)
+    assert names(checkpoints) == {"step-000001", "step-000002", "latest"}
+
+
+def test_a_pinned_one_stays_until_it_is_unpinned(checkpoints: Path):
+    store = saved(checkpoints, 50, keep=1)
+    pin(checkpoints / "step-000050")
+    for step in (100, 150):
+        store.save(step, writer(step))
+    assert names(checkpoints) == {"step-000050", "step-000150", "latest"}
+    assert loaded(checkpoints) == (150, {})
+    unpin(checkpoints / "step-000050")
+    store.save(200, writer(200))
+    assert names(checkpoints) == {"step-000200", "latest"}
+
+
+def test_a_pinned_one_of_a_past_that_was_left_is_never_resumed_from(checkpoints: Path):
+    saved(checkpoints, 100, 150)
+    pin(checkpoints / "step-000150")
+    saved(checkpoints, 120)  # the run went back to 100
+    assert names(checkpoints) == {"step-000100", "step-000120", "step-000150", "latest"}
+    assert loaded(checkpoints) == (120, {})
+    saved(checkpoints, 200, 250)
+    assert names(checkpoints) == {"step-000200", "step-000250", "step-000150", "latest"}
+    assert loaded(checkpoints) == (250, {})
+
+
+def test_another_one_of_a_pinned_step_goes_beside_it(checkpoints: Path):
+    store = saved(checkpoints, 100, 150)
+    pin(checkpoints / "step-000100")
+    assert store.save(100, file_writer("other")) == checkpoints / "step-000100.2"
+    assert store.save(100, file_writer("another")) == checkpoints / "step-000100.2"
+    assert names(checkpoints / "step-000100.2") == {"another", MANIFEST}
+    assert os.readlink(checkpoints / "latest") == "step-000100.2"
+    found = CheckpointStore(checkpoints).newest_valid()
+    assert found == Checkpoint(100, checkpoints / "step-000100.2")
+    assert names(checkpoints) == {"step-000100", "step-000100.2", "latest"}
+
+
+def test_a_checkpoint_without_a_manifest_takes_no_place_among_the_kept(checkpoints: Path):
+    store = saved(checkpoints, 100, 150)
+    (checkpoints / "step-000150" / MANIFEST).unlink()
+    store.save(200, writer(200))
+    assert names(checkpoints) == {"step-000100", "step-000200", "latest"}
+
+
 def test_keep_must_be_positive(checkpoints: Path):
     with pytest.raises(CheckpointError, match="keep must be at least 1"):
         CheckpointStore(checkpoints, keep=0)
@@ -140,7 +228,7 @@ def _change_step(path: Path) -> None:
 
 def _newer_schema(path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 2}))
+    (path / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 3}))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +237,7 @@ def _newer_schema(path: Path) -> None:
         (_truncate, "engine/weights.bin has 999 bytes instead of 1000"),
         (_flip_bit, "the content of engine/weights.bin is not what was written"),
         (_change_step, "its manifest is of step 150"),
-        (_newer_schema, "its schema version is 2, this program reads 1"),
+        (_newer_schema, "its schema version is 3, this program reads 1 and 2"),
         (lambda path: (path / "state.json").unlink(), "state.json is missing"),
         (lambda path: (path / MANIFEST).unlink(), "manifest.json cannot be read: No such file or directory"),
         (lambda path: os.truncate(path / MANIFEST, 40), "manifest.json is damaged"),
@@ -272,6 +360,36 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield mount
     # Lazily: the traceback of a failed torch.save may still hold its file open.
     subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+@pytest.mark.parametrize("way", ["at once", "in the background"])
+def test_a_read_only_file_system_is_named_and_its_checkpoints_load(small_disk: Path, way: str):
+    store = saved(small_disk / "checkpoints", 50)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CheckpointError, match=r"step 100: .*Read-only file system") as caught:
+        if way == "at once":
+            store.save(100, writer(100))
+        else:
+            with AsyncSaver(store) as saver:
+                saver.save(100, lambda: writer(100))
+    assert str(small_disk / "checkpoints") in str(caught.value)
+    assert loaded(small_disk / "checkpoints") == (50, {})
+
+
+def test_a_directory_of_another_user_is_named(small_disk: Path):
+    saved(small_disk / "checkpoints", 50)
+    child = os.fork()
+    if child == 0:  # root may write anywhere
+        code = 1
+        try:
+            os.chdir(small_disk)  # from outside that user cannot see it
+            os.setuid(65534)
+            saved(Path("checkpoints"), 100)
+        except CheckpointError as error:
+            code = 0 if "Permission denied" in error.what and loaded(Path("checkpoints")) == (50, {}) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("with_torch", [False, True])

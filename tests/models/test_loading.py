@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from llmscale.config import check
 from llmscale.errors import ConfigError, ModelError
 from llmscale.models.config import ModelConfig
+from llmscale.models.export import save_hf
 from llmscale.models.loading import (
     LanguageModel,
     Model,
@@ -24,7 +25,6 @@ from llmscale.models.loading import (
     load_tokenizer,
     new_language_model,
     resolve,
-    save_hf,
 )
 from tests.tiny import language_model, scalar_model, tokenizer
 
@@ -34,7 +34,7 @@ POSITIONS = torch.arange(6)[None]
 
 
 def saved(model: Model, folder: Path) -> str:
-    save_hf(model, tokenizer(), folder, {name: p.detach() for name, p in model.named_parameters()})
+    save_hf(model, tokenizer(), folder, [{name: p.detach() for name, p in model.named_parameters()}])
     return str(folder)
 
 
@@ -193,7 +193,7 @@ def test_a_reward_model_is_no_language_model(tmp_path: Path):
 def test_a_weight_that_is_missing_is_never_drawn_at_random(tmp_path: Path, load):
     weights = {name: p.detach() for name, p in language_model().named_parameters()}
     del weights["hf.model.norm.weight"]
-    save_hf(language_model(), tokenizer(), tmp_path, weights)
+    save_hf(language_model(), tokenizer(), tmp_path, [weights])
     with pytest.raises(ModelError, match=r"lack weights.*norm"):
         load(str(tmp_path))
 

@@ -10,7 +10,7 @@ import pytest
 
 from llmscale.batch import Trajectory
 from llmscale.config import build
-from llmscale.models.loading import save_hf
+from llmscale.models.export import save_hf
 from llmscale.protocols import RewardFunction
 from llmscale.rewards.config import AnswerConfig, FunctionConfig, LearnedConfig, Match
 from tests.tiny import scalar_model, tokenizer, trajectory
@@ -27,7 +27,7 @@ def function(folder: Path) -> RewardFunction:
 
 def learned(folder: Path) -> RewardFunction:
     model = scalar_model()
-    save_hf(model, tokenizer(), folder, dict(model.named_parameters()))
+    save_hf(model, tokenizer(), folder, [dict(model.named_parameters())])
     return build(LearnedConfig(path=str(folder)), tokenizer())
 
 

@@ -12,7 +12,8 @@ import torch
 from llmscale.batch import Trajectory
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.errors import ModelError
-from llmscale.models.loading import ScalarModel, save_hf
+from llmscale.models.export import save_hf
+from llmscale.models.loading import ScalarModel
 from llmscale.rewards.config import LearnedConfig
 from llmscale.rewards.learned import BATCH_SIZE, LearnedReward
 from tests.tiny import language_model, scalar_model, tokenizer, trajectory
@@ -30,7 +31,7 @@ def model() -> ScalarModel:
 @pytest.fixture(scope="module")
 def folder(model: ScalarModel, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("reward")
-    save_hf(model, tokenizer(), path, dict(model.named_parameters()))
+    save_hf(model, tokenizer(), path, [dict(model.named_parameters())])
     return str(path)
 
 
@@ -71,14 +72,14 @@ def test_a_completion_that_was_cut_off_can_have_a_reward_of_its_own(folder, samp
 
 def test_a_model_saved_without_them_is_taken_as_it_is(samples, tmp_path: Path):
     model = scalar_model(seed=3)
-    save_hf(model, tokenizer(), tmp_path, dict(model.named_parameters()))
+    save_hf(model, tokenizer(), tmp_path, [dict(model.named_parameters())])
     rewards = LearnedReward(LearnedConfig(path=str(tmp_path)), tokenizer())(samples[:3])
     assert rewards == pytest.approx([own_score(model, s) for s in samples[:3]], abs=1e-5)
 
 
 def test_a_language_model_is_refused(tmp_path: Path):
     model = language_model()
-    save_hf(model, tokenizer(), tmp_path, dict(model.named_parameters()))
+    save_hf(model, tokenizer(), tmp_path, [dict(model.named_parameters())])
     with pytest.raises(ModelError, match="not a reward model") as caught:
         LearnedReward(LearnedConfig(path=str(tmp_path)), tokenizer())
     assert caught.value.where == "reward.path"
