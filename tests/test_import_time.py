@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,9 @@ def test_importing_the_command_line_loads_nothing_heavy():
 )
 def test_answers_within_a_second(args: list[str], expected: str):
     took = []
-    for _ in range(3):  # the best of three: other work on the machine is not what is measured
-        start = time.perf_counter()
+    for _ in range(3):  # the best of three, in processor time: other work on the machine is not what is measured
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert expected in python(MAIN, *args)
-        took.append(time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
     assert min(took) < LIMIT_S, f"llmscale {' '.join(args)} took {min(took):.2f} s"
