@@ -42,6 +42,7 @@ class ConsoleTracker:
         self._marks: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW_STEPS + 1)  # (time, step)
         self._start_s = time.monotonic()
         self._shown_s = -float("inf")
+        self._finished = False
         self._bar: Progress | None = None
         self._every_s = every_s
         console = Console(stderr=True)
@@ -79,6 +80,9 @@ class ConsoleTracker:
         self._print(" ".join([f"{self._title}: {kind}", *(f"{name}={value}" for name, value in details.items())]))
 
     def finish(self, status: str) -> None:
+        if self._finished:  # a driver says it again when the rank that trains has said it
+            return
+        self._finished = True
         if self._bar is not None:
             self._bar.stop()
         at = f"step {self._marks[-1][1]}/{self._total_steps}" if self._marks else "no step"

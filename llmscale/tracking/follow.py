@@ -60,7 +60,9 @@ class _Tail:
             return []
         self._position = min(self._position, self._path.stat().st_size)
         with self._path.open("rb") as file:
-            file.seek(self._position)
+            file.seek(max(self._position - 1, 0))
+            if self._position and file.read(1) != b"\n":  # it was cut, and has grown again beyond where we were
+                self._position += len(file.readline())
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]
         self._position += len(whole)

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ FOLDER = ".ranks"  # in the run directory; one file a rank
 GAVE_UP = "gave up: "
 EXIT_CODE = 1
 LAST_WORDS_S = 10.0  # longest time for them
+SHOWN, TEXT = 8, 160  # peers in the message, and characters of each
 
 
 class Watchdog:
@@ -84,6 +85,7 @@ class Watchdog:
         self._closed.set()
         self._write(f"{GAVE_UP}{said}")
         text = "; ".join([said, *self._peers()])
+        self._write(f"{GAVE_UP}{text}")
         print(f"{text}\nWhere each thread stands:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=2, all_threads=True)
         self._report(text)
@@ -96,19 +98,21 @@ class Watchdog:
             partial.write_text(json.dumps(record), encoding="utf-8")
             partial.replace(file)
 
-    def _peers(self) -> Iterator[str]:
+    def _peers(self) -> list[str]:
+        """What the others last said, the silent ones first."""
+        said: list[tuple[float, str]] = []
         for rank in range(self._world.size):
-            if rank == self._world.rank:
-                continue
-            record = _read(self._folder, rank)
+            record = _read(self._folder, rank) if rank != self._world.rank else None
             if record is None:
-                yield f"{self._role} {rank} has said nothing"
                 continue
             age_s = time.time() - record["time_s"]
-            state = f"has been silent for {age_s:.0f} s: " if age_s > 4 * self._tick_s else "is alive: "
-            if record["text"].startswith(GAVE_UP):
-                state = ""
-            yield f"{self._role} {rank} (pid {record['pid']} on {record['host']}) {state}{record['text']}"
+            silent = f"has been silent for {age_s:.0f} s, " if age_s > 4 * self._tick_s else ""
+            who = f"{self._role} {rank} (pid {record['pid']} on {record['host']})"
+            said.append(
+                (-age_s if silent else 0.0, f"{who} {silent}was in {record['text'].removeprefix(GAVE_UP)[:TEXT]}")
+            )
+        lines = [line for _, line in sorted(said)]
+        return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
 
 
 def forget(run_dir: Path) -> None:

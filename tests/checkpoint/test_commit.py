@@ -362,16 +362,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", mount], check=True)
 
 
+def save(store: CheckpointStore, step: int, write: Callable[[Path], None], way: str) -> None:
+    if way == "at once":
+        store.save(step, write)
+    else:
+        with AsyncSaver(store) as saver:
+            saver.save(step, lambda: write)
+
+
 @pytest.mark.parametrize("way", ["at once", "in the background"])
 def test_a_read_only_file_system_is_named_and_its_checkpoints_load(small_disk: Path, way: str):
     store = saved(small_disk / "checkpoints", 50)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CheckpointError, match=r"step 100: .*Read-only file system") as caught:
-        if way == "at once":
-            store.save(100, writer(100))
-        else:
-            with AsyncSaver(store) as saver:
-                saver.save(100, lambda: writer(100))
+        save(store, 100, writer(100), way)
     assert str(small_disk / "checkpoints") in str(caught.value)
     assert loaded(small_disk / "checkpoints") == (50, {})
 
@@ -392,8 +396,9 @@ def test_a_directory_of_another_user_is_named(small_disk: Path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("way", ["at once", "in the background"])
 @pytest.mark.parametrize("with_torch", [False, True])
-def test_a_full_disk_is_explained_and_the_checkpoint_before_loads(small_disk: Path, with_torch: bool):
+def test_a_full_disk_is_explained_and_the_checkpoint_before_loads(small_disk: Path, with_torch: bool, way: str):
     import torch  # here, because the processes of the tests with two ranks import this module
 
     def too_much(directory: Path) -> None:
@@ -405,7 +410,7 @@ def test_a_full_disk_is_explained_and_the_checkpoint_before_loads(small_disk: Pa
 
     store = saved(small_disk / "checkpoints", 50)
     with pytest.raises(CheckpointError, match=r"step 100: .*\(\d+ bytes were free\)") as caught:
-        store.save(100, too_much)
+        save(store, 100, too_much, way)
     assert with_torch or "No space left on device" in str(caught.value)
     assert names(small_disk / "checkpoints") == {"step-000050", "latest"}
     assert loaded(small_disk / "checkpoints") == (50, {})
