@@ -28,10 +28,6 @@ class TokenExample:
     loss_mask: np.ndarray  # bool [T]
     position_ids: np.ndarray | None = None  # int64 [T]; None means 0..T-1
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
 
 @dataclass(frozen=True)
 class RankedExample:
@@ -39,10 +35,6 @@ class RankedExample:
 
     sequences: tuple[np.ndarray, ...]  # K arrays, int64 [T_k]: prompt and completion, ready for the reward model
     ranks: tuple[int, ...]  # K
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.sequences))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_help_of_a_stage_lists_its_keys_with_value_and_meaning(llmscale, stage: 
 def test_help_of_a_stage_shows_its_own_defaults_and_choices(llmscale):
     _, out, _ = llmscale("rlhf", "-h")
     assert "optim.lr=0.0001 " in out, "of conf/rlhf.yaml, not of the dataclass"
-    assert "data.train=(needed)" in out
+    assert "reward.path=(needed)" in out
     assert "fp32 | bf16" in out
     assert "answer, function, [learned]" in out
     assert "Peak learning rate" in out

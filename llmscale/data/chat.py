@@ -8,8 +8,8 @@ assistant's, `render(messages[: i + 1])` starts with exactly the tokens of `rend
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -37,13 +37,37 @@ _PLACEHOLDER = rf"{_OPEN}\d+{_CLOSE}"
 Message = dict[str, str]  # `role`, one of ROLES, and `content`
 
 
+class Piece(NamedTuple):
+    """A stretch of text that is tokenized by itself."""
+
+    text: str
+    is_content: bool  # names of special tokens in it are ordinary characters
+    is_target: bool  # its tokens are learned
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
     """Token ids of each text, nothing added. Without `special_tokens`, their names in a text are ordinary characters:
     a web page that says <|eos|> does not end there."""
-    if not texts:
-        return []
-    split = not special_tokens
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json can ask for both
+    backend.no_padding()
+    backend.encode_special_tokens = not special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def tokenized(tokenizer: PreTrainedTokenizerFast, sequences: Sequence[Sequence[Piece]]) -> list[TokenExample]:
+    """The pieces of each sequence, one after the other. All are tokenized at once, and a piece that comes back (the prompt
+    of every completion) only once."""
+    ids: dict[tuple[str, bool], np.ndarray] = {}
+    for is_content in (False, True):
+        keys = list({(p.text, is_content): None for pieces in sequences for p in pieces if p.is_content == is_content})
+        made = encode(tokenizer, [text for text, _ in keys], special_tokens=not is_content)
+        ids |= zip(keys, (np.array(some, dtype=np.int64) for some in made), strict=True)
+    return [_joined([ids[p.text, p.is_content] for p in pieces], [p.is_target for p in pieces]) for pieces in sequences]
+
+
+def _joined(ids: list[np.ndarray], targets: list[bool]) -> TokenExample:
+    return TokenExample(np.concatenate(ids), np.repeat(targets, [len(some) for some in ids]))
 
 
 class ChatRenderer:
@@ -72,36 +96,36 @@ class ChatRenderer:
 
     def render(self, messages: Sequence[Message]) -> TokenExample:
         """The whole conversation; targets are the assistant's tokens with the one that ends its turn."""
-        pieces = list(self._pieces(messages, generation_prompt=False))
-        token_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
-        return TokenExample(token_ids, np.concatenate([np.full(len(ids), target) for ids, target in pieces]))
+        return tokenized(self.tokenizer, [self.pieces(messages)])[0]
 
     def render_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int64 [T]: the conversation up to where the assistant begins to write."""
-        pieces = self._pieces(messages, generation_prompt=True)
-        return np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
+        return tokenized(self.tokenizer, [self.pieces(messages, generation_prompt=True)])[0].token_ids
 
-    def decode(self, token_ids: np.ndarray | list[int]) -> str:
-        """Text without special tokens."""
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return cast(str, text)
-
-    def _pieces(self, messages: Sequence[Message], generation_prompt: bool) -> Iterator[tuple[list[int], bool]]:
-        """Token ids by turns, and whether the assistant wrote them. What a template puts after the token that ends the
-        assistant's turn (often a newline) belongs to the next prompt."""
+    def pieces(self, messages: Sequence[Message], generation_prompt: bool = False) -> list[Piece]:
+        """The conversation by turns, for `tokenized`. What a template puts after the token that ends the assistant's turn
+        (often a newline) belongs to the next prompt."""
         messages, held_back = self._hold_back(messages)
-        done, start = "", 0  # the text that has been tokenized, and the first message that has not
+        pieces: list[Piece] = []
+        done, start = "", 0  # the text that stands in `pieces`, and the first message that does not
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             prompt = self._text(messages[:i], generation_prompt=True)
             answer = _continued(prompt, self._text(messages[: i + 1], generation_prompt=False))
             written, end, _ = answer.rpartition(self.end_token)
-            yield self._encode(_continued(done, prompt), held_back), False
-            yield self._encode(written + end, held_back), True
+            pieces += _separated(_continued(done, prompt), held_back, is_target=False)
+            pieces += _separated(written + end, held_back, is_target=True)
             done, start = prompt + written + end, i + 1
         if generation_prompt or start < len(messages):
-            yield self._encode(_continued(done, self._text(messages, generation_prompt)), held_back), False
+            rest = _continued(done, self._text(messages, generation_prompt))
+            pieces += _separated(rest, held_back, is_target=False)
+        return pieces
+
+    def decode(self, token_ids: np.ndarray | list[int]) -> str:
+        """Text without special tokens."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)
 
     def _hold_back(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
         """Content that spells a special token goes through the template as a placeholder and is tokenized as ordinary
@@ -125,15 +149,6 @@ class ChatRenderer:
         except TemplateError as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from error
 
-    def _encode(self, text: str, held_back: Mapping[str, str]) -> list[int]:
-        ids: list[int] = []
-        for i, part in enumerate(re.split(f"({_PLACEHOLDER})", text)):
-            is_content = i % 2 == 1
-            if part:
-                part = held_back[part] if is_content else part
-                ids += encode(self.tokenizer, [part], special_tokens=not is_content)[0]
-        return ids
-
     def _find_end_token(self) -> str:
         question, answer = Message(role="user", content="a"), Message(role="assistant", content="b")
         prompt = self._text([question], generation_prompt=True)
@@ -144,6 +159,12 @@ class ChatRenderer:
             what = "the chat template does not end the assistant's turn with a special token, so a model cannot stop"
             raise ModelError(what, fix="Add {{ eos_token }} after the assistant's content in the template.")
         return found[min(found)]
+
+
+def _separated(text: str, held_back: Mapping[str, str], is_target: bool) -> list[Piece]:
+    """The template's text and the content that was held back from it, apart."""
+    parts = enumerate(re.split(f"({_PLACEHOLDER})", text))
+    return [Piece(held_back.get(part, part), i % 2 == 1, is_target) for i, part in parts if part]
 
 
 def _continued(before: str, text: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from llmscale.batch import TokenExample
 from llmscale.data.chat import ROLES, ChatRenderer, Message
 from llmscale.data.config import DataConfig, TooLong
-from llmscale.data.report import Report
-from llmscale.data.sources import Record, columns_hint, located
+from llmscale.data.convert import Draft
+from llmscale.data.records import Record, columns_hint
+from llmscale.data.report import Outcome
 from llmscale.errors import DataError
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
@@ -31,37 +32,27 @@ SHAPES = (
 )
 
 
-def conversation_examples(
-    records: Iterable[Record], config: DataConfig, renderer: ChatRenderer, report: Report
-) -> list[TokenExample]:
-    """One example a record; every assistant's turn in it is learned."""
-    examples = []
-    for record in records:
-        report.records += 1
-        messages = conversation(record, config)
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            report.dropped_empty += 1
-            continue
-        with located(record):
-            example = fitted(renderer.render(messages), config, report)
-        if example is not None:
-            examples.append(example)
-    return examples
+def conversation_draft(record: Record, config: DataConfig, renderer: ChatRenderer) -> Draft[TokenExample]:
+    """Every assistant's turn of it is learned.
+
+    Raises: DataError for a malformed record.
+    """
+    messages = conversation(record, config)
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        return Draft(record.where, [], lambda _: (None, Outcome.EMPTY))
+    return Draft(record.where, [renderer.pieces(messages)], lambda sequences: fitted(sequences[0], config))
 
 
-def fitted(example: TokenExample, config: DataConfig, report: Report) -> TokenExample | None:
+def fitted(example: TokenExample, config: DataConfig) -> tuple[TokenExample | None, Outcome]:
     """The example if it is short enough, else what `too_long` makes of it."""
     length, limit = len(example.token_ids), config.max_seq_len
-    if length > limit:
-        if config.too_long is TooLong.error:
-            raise too_long_error(length, limit)
-        if config.too_long is not TooLong.truncate or not example.loss_mask[:limit].any():
-            report.dropped_too_long += 1
-            return None
-        report.truncated += 1
-        example = TokenExample(example.token_ids[:limit], example.loss_mask[:limit])
-    report.tokens += len(example.token_ids)
-    return example
+    if length <= limit:
+        return example, Outcome(0)
+    if config.too_long is TooLong.error:
+        raise too_long_error(length, limit)
+    if config.too_long is not TooLong.truncate or not example.loss_mask[:limit].any():
+        return None, Outcome.TOO_LONG
+    return TokenExample(example.token_ids[:limit], example.loss_mask[:limit]), Outcome.TRUNCATED
 
 
 def too_long_error(length: int, limit: int) -> DataError:

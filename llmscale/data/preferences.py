@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from llmscale.batch import RankedExample
 from llmscale.data.chat import ChatRenderer, Message
 from llmscale.data.config import DataConfig, TooLong
 from llmscale.data.conversations import question, too_long_error, turn
-from llmscale.data.report import Report
-from llmscale.data.sources import Record, columns_hint, located
+from llmscale.data.convert import Draft
+from llmscale.data.records import Record, columns_hint
+from llmscale.data.report import Outcome
 from llmscale.errors import DataError
 
 MIN_COMPLETIONS, MAX_COMPLETIONS = 2, 9
 
 
-def ranked_examples(
-    records: Iterable[Record], config: DataConfig, renderer: ChatRenderer, report: Report
-) -> list[RankedExample]:
-    """One example a record: the conversation so far with each of its completions."""
-    examples = []
-    for record in records:
-        report.records += 1
-        messages, completions, ranks = ranking(record, config)
-        with located(record):
-            rendered = [renderer.render([*messages, Message(role="assistant", content=c)]) for c in completions]
-            sequences = _fitted([example.token_ids for example in rendered], ranks, config, report)
-        if sequences is not None:
-            report.tied += len(set(ranks)) == 1
-            report.tokens += sum(map(len, sequences))
-            examples.append(RankedExample(tuple(sequences), tuple(ranks)))
-    return examples
+def ranking_draft(record: Record, config: DataConfig, renderer: ChatRenderer) -> Draft[RankedExample]:
+    """The conversation so far with each of its completions.
+
+    Raises: DataError for a malformed record.
+    """
+    messages, completions, ranks = ranking(record, config)
+    texts = [renderer.pieces([*messages, Message(role="assistant", content=c)]) for c in completions]
+    return Draft(record.where, texts, lambda sequences: _fitted([s.token_ids for s in sequences], ranks, config))
 
 
-def _fitted(
-    sequences: list[np.ndarray], ranks: list[int], config: DataConfig, report: Report
-) -> list[np.ndarray] | None:
+def _fitted(sequences: list[np.ndarray], ranks: list[int], config: DataConfig) -> tuple[RankedExample | None, Outcome]:
+    outcome = Outcome.TIED if len(set(ranks)) == 1 else Outcome(0)
     length, limit = max(map(len, sequences)), config.max_seq_len
-    if length <= limit:
-        return sequences
-    if config.too_long is TooLong.error:
-        raise too_long_error(length, limit)
-    cut = [sequence[:limit] for sequence in sequences]
-    best, worst = (cut[ranks.index(extreme)] for extreme in (min(ranks), max(ranks)))
-    # Cut before they differ, they would be equal sequences of different rank.
-    if config.too_long is not TooLong.truncate or (len(set(ranks)) > 1 and np.array_equal(best, worst)):
-        report.dropped_too_long += 1
-        return None
-    report.truncated += 1
-    return cut
+    if length > limit:
+        if config.too_long is TooLong.error:
+            raise too_long_error(length, limit)
+        sequences = [sequence[:limit] for sequence in sequences]
+        best, worst = (sequences[ranks.index(extreme)] for extreme in (min(ranks), max(ranks)))
+        # Cut before they differ, they would be equal sequences of different rank.
+        if config.too_long is not TooLong.truncate or (not outcome and np.array_equal(best, worst)):
+            return None, Outcome.TOO_LONG
+        outcome |= Outcome.TRUNCATED
+    return RankedExample(tuple(sequences), tuple(ranks)), outcome
 
 
 def ranking(record: Record, config: DataConfig) -> tuple[list[Message], list[str], list[int]]:
@@ -81,7 +69,7 @@ def _ranks(record: Record, num_completions: int) -> list[int]:
     if len(ranks) != num_completions:
         what = f"there are {num_completions} completions and {len(ranks)} ranks"
         raise DataError(what, where=record.where, fix="Give one rank to each completion.")
-    if any(type(rank) is not int or rank < 1 for rank in ranks):  # a bool is an int to isinstance
+    if any(type(rank) is not int or not 1 <= rank < 1 << 63 for rank in ranks):  # a bool is an int to isinstance
         raise DataError(f"ranks must be whole numbers from 1 (best), are {ranks!r:.60}", where=record.where)
     return ranks
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from llmscale.batch import Prompt
+from llmscale.batch import Prompt, TokenExample
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig, TooLong
 from llmscale.data.conversations import question
-from llmscale.data.report import Report
-from llmscale.data.sources import Record, located
+from llmscale.data.convert import Draft
+from llmscale.data.records import Record
+from llmscale.data.report import Outcome
 from llmscale.errors import ConfigError, DataError
 
 
-def prompts(
-    records: Iterable[Record], config: DataConfig, renderer: ChatRenderer, report: Report, max_completion_tokens: int
-) -> list[Prompt]:
-    """One prompt a record, up to where the assistant would write; a last turn of the assistant's is left out.
+def room_for_prompts(config: DataConfig, max_completion_tokens: int) -> int:
+    """Tokens that a prompt can have.
 
-    Raises: ConfigError when the context has no room for completions, DataError for a prompt that leaves too little.
+    Raises: ConfigError when the context has no room for completions.
     """
     limit = config.max_seq_len - max_completion_tokens
     if limit < 1:
@@ -26,29 +23,29 @@ def prompts(
         raise ConfigError(what, where="data.max_seq_len", fix="Raise it, or shorten the completions.")
     if config.too_long is TooLong.truncate:
         raise ConfigError("prompts cannot be truncated", where="data.too_long", fix="Choose error or drop.")
-    kept = []
-    for record in records:
-        report.records += 1
-        with located(record):
-            prompt = _prompt(record, config, renderer)
-            length = len(prompt.token_ids)
-            if length > limit and config.too_long is not TooLong.drop:
-                what = f"this prompt has {length} tokens, there is room for {limit}"
-                what += f" (data.max_seq_len {config.max_seq_len} less {max_completion_tokens} for the completion)"
-                raise DataError(what, fix="Raise data.max_seq_len, or set data.too_long=drop.")
-        if length > limit:
-            report.dropped_too_long += 1
-            continue
-        report.tokens += length
-        kept.append(prompt)
-    return kept
+    return limit
 
 
-def _prompt(record: Record, config: DataConfig, renderer: ChatRenderer) -> Prompt:
+def prompt_draft(record: Record, config: DataConfig, renderer: ChatRenderer, limit: int) -> Draft[Prompt]:
+    """The record up to where the assistant would write; a last turn of the assistant's is left out.
+
+    Raises: DataError for a malformed record; when finished, for one of more than `limit` tokens.
+    """
     messages, shape = question(record, config)
     while messages[-1]["role"] == "assistant":
         messages.pop()
     alone = len(messages) == 1
     text = messages[0]["content"] if alone else "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
     fields = {name: value for name, value in record.fields.items() if name != shape.question}
-    return Prompt(renderer.render_prompt(messages), text, fields)
+
+    def finish(sequences: list[TokenExample]) -> tuple[Prompt | None, Outcome]:
+        token_ids = sequences[0].token_ids
+        if len(token_ids) <= limit:
+            return Prompt(token_ids, text, fields), Outcome(0)
+        if config.too_long is TooLong.drop:
+            return None, Outcome.TOO_LONG
+        what = f"this prompt has {len(token_ids)} tokens, there is room for {limit}"
+        what += f" (data.max_seq_len {config.max_seq_len} less {config.max_seq_len - limit} for the completion)"
+        raise DataError(what, fix="Raise data.max_seq_len, or set data.too_long=drop.")
+
+    return Draft(record.where, [renderer.pieces(messages, generation_prompt=True)], finish)

@@ -1,90 +1,74 @@
-"""Reading records: files line by line or item by item, or a dataset of the Hugging Face Hub. Whatever is wrong with the
-input becomes one DataError that says in which file and line.
+"""Where records come from: files, a dataset of the Hugging Face Hub, or a generated task. Whatever is wrong with the input
+becomes one DataError that says in which file and line.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmscale.data.tasks import TASK, read_task
-from llmscale.errors import DataError, LlmscaleError
+from llmscale.data import tasks
+from llmscale.data.files import SUFFIXES, read_file
+from llmscale.data.records import Record
+from llmscale.errors import DataError
 
 HUB = "hub:"
-SUFFIXES = (".txt", ".jsonl", ".json")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record under our column names, and where it stands: `file:line` or `file:item N`."""
+def read_items(source: str, columns: Mapping[str, str], max_records: int | None = None) -> Iterator[Record | DataError]:
+    """The records of `source` in order, with `columns` (our name -> theirs) renamed; the other columns are kept. The error
+    of a malformed record comes in its place.
 
-    fields: Mapping[str, Any]
-    where: str
-
-    def value(self, name: str) -> Any:
-        """Raises: DataError that lists the columns there are."""
-        if name not in self.fields:
-            raise DataError(f"there is no column {name!r}", where=self.where, fix=columns_hint(name, self.fields))
-        return self.fields[name]
-
-    def string(self, name: str) -> str:
-        value = self.value(name)
-        if not isinstance(value, str):
-            kind = "null" if value is None else type(value).__name__
-            raise DataError(
-                f"column {name!r} must be text, is {kind}", where=self.where, fix="Mend or drop the record."
-            )
-        return value
-
-
-def columns_hint(name: str, columns: Mapping[str, Any]) -> str:
-    found = difflib.get_close_matches(name, columns, n=1)
-    nearest = f"Did you mean data.columns.{name}={found[0]}? " if found else f"Map one with data.columns.{name}=NAME. "
-    return f"{nearest}The columns are: {', '.join(columns) or '(none)'}."
-
-
-@contextmanager
-def located(record: Record) -> Iterator[None]:
-    """Errors raised inside that do not say where they are get the record's place."""
-    try:
-        yield
-    except LlmscaleError as error:
-        if error.where is not None:
-            raise
-        raise type(error)(error.what, where=record.where, fix=error.fix) from error
+    Raises: DataError for a source that is missing, empty or unreadable, when reading gets there.
+    """
+    items: Iterator[Record | DataError]
+    if source.startswith(HUB):
+        rows = enumerate(_load_hub(source), 1)
+        items = (Record(row, f"{source}:item {n}") for n, row in rows)
+    elif source.startswith(tasks.TASK):
+        items = (Record(fields, f"{source}:item {n}") for n, fields in enumerate(tasks.read_task(source), 1))
+    else:
+        items = (item for path in find_paths(source) for item in read_file(path))
+    for item in islice(items, max_records):
+        yield _renamed(item, columns) if columns and isinstance(item, Record) else item
 
 
 def read_records(source: str, columns: Mapping[str, str], max_records: int | None = None) -> Iterator[Record]:
-    """The records of `source` in order, with `columns` (our name -> theirs) renamed; the other columns are kept.
+    """Like `read_items`.
 
-    Raises: DataError for a source that is missing, empty or malformed, when reading gets there.
+    Raises: DataError for the first malformed record, too.
     """
-    if source.startswith(HUB):
-        records = _read_hub(source)
-    elif source.startswith(TASK):
-        records = (Record(fields, f"{source}:item {n}") for n, fields in enumerate(read_task(source), 1))
-    else:
-        records = (record for path in find_paths(source) for record in _read_file(path))
-    for record in islice(records, max_records):
-        yield _renamed(record, columns) if columns else record
+    for item in read_items(source, columns, max_records):
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
-def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+def _renamed(record: Record, columns: Mapping[str, str]) -> Record | DataError:
     for ours, theirs in columns.items():
         if theirs not in record.fields:
             found = difflib.get_close_matches(theirs, record.fields, n=1)
             nearest = f"Did you mean data.columns.{ours}={found[0]}? " if found else ""
             fix = f"{nearest}The columns are: {', '.join(record.fields) or '(none)'}."
-            raise DataError(f"there is no column {theirs!r} (data.columns.{ours})", where=record.where, fix=fix)
+            return DataError(f"there is no column {theirs!r} (data.columns.{ours})", where=record.where, fix=fix)
     kept = {name: value for name, value in record.fields.items() if name not in columns.values()}
     return Record(kept | {ours: record.fields[theirs] for ours, theirs in columns.items()}, record.where)
+
+
+def content_of(source: str) -> tuple[str, list[Path]]:
+    """What `read_items` would read: files, and how they are named to it where that says which of their records.
+
+    Raises: DataError where there is nothing to read.
+    """
+    if source.startswith(tasks.TASK):
+        return source, [Path(tasks.__file__)]
+    if source.startswith(HUB):
+        return source, [Path(file["filename"]) for file in _load_hub(source).cache_files]
+    return "", find_paths(source)
 
 
 # ---------------------------------------------------------------- files
@@ -120,115 +104,22 @@ def _nearest_name(path: Path) -> str:
     return f"{folder} holds: {listed}." if names else f"{folder} is empty."
 
 
-def _read_file(path: Path) -> Iterator[Record]:
-    readers = {".txt": _read_text, ".jsonl": _read_lines, ".json": _read_array}
-    if path.suffix not in readers:
-        fix = f"Convert it to one of {', '.join(SUFFIXES)}."
-        raise DataError(f"files of type {path.suffix or '(no suffix)'} cannot be read", where=str(path), fix=fix)
-    count = 0
-    try:
-        for record in readers[path.suffix](path):
-            count += 1
-            yield record
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    if count == 0:
-        raise DataError("there is no record in this file", where=str(path), fix="Fill it or leave it out.")
-
-
-def _read_text(path: Path) -> Iterator[Record]:
-    """One document a file, as it is: no line ending is changed."""
-    text = _decoded(path.read_bytes(), path)
-    if text.strip():
-        yield Record({"text": text}, f"{path}:1")
-
-
-def _read_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            line = _decoded(raw, path, number)
-            if line.strip():
-                yield _record(_parsed(line.rstrip(), path, number), f"{path}:{number}", _escapes_surrogates(line))
-
-
-def _read_array(path: Path) -> Iterator[Record]:
-    text = _decoded(path.read_bytes(), path)
-    if not text.strip():
-        return
-    items = _parsed(text, path, 1)
-    if not isinstance(items, list):
-        fix = "Write a list of objects, [{...}, ...], or one object a line in a .jsonl file."
-        raise DataError(f"must hold a list of objects, holds {_kind(items)}", where=f"{path}:1", fix=fix)
-    may_hold_surrogates = _escapes_surrogates(text)
-    for number, item in enumerate(items, 1):
-        yield _record(item, f"{path}:item {number}", may_hold_surrogates)
-
-
-def _decoded(raw: bytes, path: Path, line: int = 1) -> str:
-    try:
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line += error.object[: error.start].count(b"\n")
-        what = f"this is not UTF-8: byte 0x{error.object[error.start]:02x}"
-        raise DataError(what, where=f"{path}:{line}", fix="Convert the file: iconv -f ENCODING -t UTF-8") from error
-
-
-def _parsed(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        fix = f"Mend the line{_other_suffix(text, path, error)}."
-        what = f"this is not JSON: {error.msg} at column {error.colno}"
-        raise DataError(what, where=f"{path}:{line + error.lineno - 1}", fix=fix) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of endless depth
-        raise DataError(f"this JSON cannot be read: {error}", where=f"{path}:{line}") from error
-
-
-def _other_suffix(text: str, path: Path, error: json.JSONDecodeError) -> str:
-    if path.suffix == ".jsonl" and text.lstrip().startswith("["):
-        return ", or name the file .json if it is one JSON list"
-    if path.suffix == ".json" and error.msg == "Extra data":
-        return ", or name the file .jsonl if it has one object a line"
-    return ""
-
-
-def _record(item: Any, where: str, may_hold_surrogates: bool) -> Record:
-    if not isinstance(item, dict):
-        raise DataError(f"must be an object, is {_kind(item)}", where=where, fix='Write {"column": value, ...}.')
-    if may_hold_surrogates:
-        try:
-            json.dumps(item, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            what = f"this is not text: a lone surrogate {error.object[error.start]!a}"
-            raise DataError(what, where=where, fix="Take the \\ud... escape out.") from error
-    return Record(item, where)
-
-
-def _escapes_surrogates(text: str) -> bool:
-    """JSON can escape half of a surrogate pair, which is no text and would only fail in the tokenizer."""
-    return "\\ud" in text or "\\uD" in text
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 # ---------------------------------------------------------------- hub
 
 
-def _read_hub(source: str) -> Iterator[Record]:
+def _load_hub(source: str) -> Any:
+    """Not in the streaming mode of `datasets`, which needs the network in every run and has no files to know the content by.
+    What it downloads is read through memory maps, too."""
     name, _, split = source.removeprefix(HUB).partition(":")
     try:
         import datasets
     except ImportError as error:
         raise DataError("the package `datasets` is not installed", where=source, fix="pip install datasets") from error
     try:
-        rows = datasets.load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(name, split=split or "train", keep_in_memory=False)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         fix = "Check the name, the split and the network, or save the dataset as .jsonl and give that file."
         raise DataError(f"the dataset cannot be loaded: {error}", where=source, fix=fix) from error
     if len(rows) == 0:
         raise DataError("there is no record in this dataset", where=source)
-    for number, row in enumerate(rows, 1):
-        yield Record(row, f"{source}:item {number}")
+    return rows

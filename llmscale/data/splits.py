@@ -3,115 +3,117 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
-
-import numpy as np
 
 from llmscale.batch import Prompt, RankedExample, TokenExample
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig
-from llmscale.data.conversations import conversation_examples
-from llmscale.data.preferences import ranked_examples
-from llmscale.data.prompts import prompts
+from llmscale.data.corpus import Corpus, Part, open_conversations, open_rankings, open_text, read_prompts
+from llmscale.data.examples import Examples, joined
+from llmscale.data.loader import SampleOrder
+from llmscale.data.mixing import MixedOrder, Mixture
+from llmscale.data.prompts import room_for_prompts
 from llmscale.data.report import Report
-from llmscale.data.sources import Record, read_records
-from llmscale.data.text import cut_blocks, encode_documents
 from llmscale.errors import DataError
-from llmscale.randomness import permutation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 E = TypeVar("E")
-R = TypeVar("R")
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Split(Generic[E]):
-    train: list[E]
-    validation: list[E]  # empty where the config asks for none
-    report: dict[str, int]  # the fields of Report; validation's with `validation_`
+    train: Examples[E]
+    validation: Examples[E]  # empty where the config asks for none
+    report: dict[str, float]  # of all training sources, see Report; validation's with `validation_`
+    mixture: Mixture | None = None  # of the sources in `train`, where there are several
+
+    def order(self, seed: int) -> SampleOrder | MixedOrder:
+        """Which of `train` each step takes."""
+        return SampleOrder(len(self.train), seed) if self.mixture is None else MixedOrder(self.mixture, seed)
 
 
-def load_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Split[TokenExample]:
-    """Blocks of raw text, from the column `text`. A single document is split too: its end is held out."""
+def load_text(config: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Split[TokenExample]:
+    """Blocks of raw text, from the column `text`. A single document is split too: its end is held out.
 
-    def documents(source: str) -> list[np.ndarray]:
-        records = read_records(source, config.columns, config.max_records)
-        return encode_documents((record.string("text") for record in records), tokenizer)
-
-    def blocks(some: list[np.ndarray], report: Report) -> list[TokenExample]:
-        report.records, report.tokens = len(some), sum(map(len, some))
-        return cut_blocks(some, config.max_seq_len)
-
-    train, validation = _sources(config, documents)
-    if config.validation_fraction > 0 and not validation:
-        start = len(train[0]) - max(1, round(len(train[0]) * config.validation_fraction))
-        train, validation = [train[0][:start]], [train[0][start:]]
-    return _split(config, train, validation, blocks)
+    `cache_dir`, here and below: where tokenized data are kept, unless the config names another folder.
+    """
+    return _load(config, partial(open_text, config=config, tokenizer=tokenizer, cache_dir=cache_dir))
 
 
-def load_conversations(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Split[TokenExample]:
+def load_conversations(config: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Split[TokenExample]:
     renderer = ChatRenderer(tokenizer)
-    return _load(config, lambda records, report: conversation_examples(records, config, renderer, report))
+    return _load(config, partial(open_conversations, config=config, renderer=renderer, cache_dir=cache_dir))
 
 
-def load_rankings(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Split[RankedExample]:
+def load_rankings(config: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Split[RankedExample]:
     renderer = ChatRenderer(tokenizer)
-    return _load(config, lambda records, report: ranked_examples(records, config, renderer, report))
+    return _load(config, partial(open_rankings, config=config, renderer=renderer, cache_dir=cache_dir))
 
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerFast, max_completion_tokens: int) -> Split[Prompt]:
-    """Prompts that leave `max_completion_tokens` of the context (`max_seq_len`) to the completion."""
-    renderer = ChatRenderer(tokenizer)
-    return _load(config, lambda records, report: prompts(records, config, renderer, report, max_completion_tokens))
+    """Prompts that leave `max_completion_tokens` of the context (`max_seq_len`) to the completion; in memory."""
+    limit = room_for_prompts(config, max_completion_tokens)
+    return _load(config, partial(read_prompts, config=config, renderer=ChatRenderer(tokenizer), limit=limit))
 
 
-def _load(config: DataConfig, convert: Callable[[list[Record], Report], list[E]]) -> Split[E]:
-    train, validation = _sources(config, lambda source: list(read_records(source, config.columns, config.max_records)))
-    if config.validation_fraction > 0 and not validation:
-        fix = "Set data.validation_fraction=0."
-        raise DataError("a single record leaves nothing to hold out", where=config.train, fix=fix)
-    return _split(config, train, validation, convert)
-
-
-def _sources(config: DataConfig, read: Callable[[str], list[R]]) -> tuple[list[R], list[R]]:
-    """What train and validation consist of, both in the order of the source. The records held out are the same in
-    every run, so that runs of different seeds can be compared."""
-    items = read(config.train)
+def _load(config: DataConfig, open_source: Callable[[str], Corpus[E]]) -> Split[E]:
+    train: dict[str, Part[E]] = {}
+    validation: list[Part[E]] = []
+    for name, source in config.sources.items():
+        corpus = open_source(source)
+        if config.validation_fraction > 0:
+            train[name], held_out = corpus.divided(config.validation_fraction)
+            validation.append(held_out)
+        else:
+            train[name] = corpus.whole()
+        _note(corpus, config.max_seq_len, *(part.report for part in (train[name], *validation[-1:])))
+        _check_not_empty(source, train[name], config.max_seq_len)
     if config.validation is not None:
-        return items, read(config.validation)
-    if config.validation_fraction == 0 or len(items) == 1:
-        return items, []
-    num_held_out = max(1, round(len(items) * config.validation_fraction))
-    held_out = set(permutation(0, "held out", size=len(items))[:num_held_out].tolist())
-    return (
-        [item for i, item in enumerate(items) if i not in held_out],
-        [item for i, item in enumerate(items) if i in held_out],
+        corpus = open_source(config.validation)
+        validation.append(corpus.whole())
+        _note(corpus, config.max_seq_len, validation[0].report)
+    report = _sum(train.values()).to_dict()
+    if validation:
+        report |= _sum(validation).to_dict("validation_")
+    sizes = {name: len(part.examples) for name, part in train.items()}
+    return Split(
+        joined([part.examples for part in train.values()]),
+        joined([part.examples for part in validation]),
+        report,
+        Mixture.of(sizes, config) if config.mixture else None,
     )
 
 
-def _split(
-    config: DataConfig, train: list[R], validation: list[R], convert: Callable[[list[R], Report], list[E]]
-) -> Split[E]:
-    report, validation_report = Report(), Report()
-    examples, validation_examples = convert(train, report), convert(validation, validation_report)
-    _warn(config.train, report, config.max_seq_len)
-    _warn(config.validation or config.train, validation_report, config.max_seq_len)
-    if not examples:
+def _sum(parts: Iterable[Part[E]]) -> Report:
+    return sum((part.report for part in parts), start=Report())
+
+
+def _check_not_empty(source: str, part: Part[E], max_seq_len: int) -> None:
+    if not part.examples:
+        report = part.report
         what = f"none of the {report.records} records is left to train on: {report.dropped_too_long} are longer than "
-        what += f"data.max_seq_len={config.max_seq_len} tokens, {report.dropped_empty} have no answer"
-        raise DataError(what, where=config.train, fix="Raise data.max_seq_len, or set data.too_long=truncate.")
-    counts = report.to_dict() | (validation_report.to_dict("validation_") if validation else {})
-    return Split(examples, validation_examples, counts)
+        what += f"data.max_seq_len={max_seq_len} tokens, {report.dropped_empty} have no answer"
+        raise DataError(what, where=source, fix="Raise data.max_seq_len, or set data.too_long=truncate.")
 
 
-def _warn(source: str, report: Report, max_seq_len: int) -> None:
-    if report.dropped_too_long or report.truncated:
-        what = "%s: of %d records, %d longer than %d tokens were dropped and %d cut to that length"
-        _logger.warning(what, source, report.records, report.dropped_too_long, max_seq_len, report.truncated)
-    if report.dropped_empty:
-        _logger.warning("%s: %d records without an answer were dropped", source, report.dropped_empty)
+def _note(corpus: Corpus[E], max_seq_len: int, *reports: Report) -> None:
+    """Malformed records are counted in the first report; every loss of records is warned about."""
+    malformed = corpus.malformed
+    reports[0].skipped_corrupt = malformed.count
+    if malformed.count:
+        what = "%s: %d malformed records were skipped, the first at %s"
+        _logger.warning(what, corpus.source, malformed.count, malformed.first)
+    for report in reports:
+        if report.dropped_too_long or report.truncated:
+            what = "%s: of %d records, %d longer than %d tokens were dropped and %d cut to that length"
+            counts = (report.records, report.dropped_too_long, max_seq_len, report.truncated)
+            _logger.warning(what, corpus.source, *counts)
+        if report.dropped_empty:
+            _logger.warning("%s: %d records without an answer were dropped", corpus.source, report.dropped_empty)

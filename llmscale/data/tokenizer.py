@@ -6,7 +6,11 @@ No normalisation and all 256 bytes in the vocabulary, so any text comes back as 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import tokenizers
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,3 +55,18 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int
         clean_up_tokenization_spaces=False,  # it would turn " ." into "."
         chat_template=DEFAULT_CHAT_TEMPLATE,
     )
+
+
+def identity(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    """Everything that decides which tokens it makes of a text or a conversation, as JSON values."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # of an earlier call, perhaps
+    backend.no_padding()
+    versions = [transformers.__version__, tokenizers.__version__]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return [backend.to_str(), special, tokenizer.chat_template, versions]
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerFast) -> type:
+    """The smallest type that holds every token id."""
+    return np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32

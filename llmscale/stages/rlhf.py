@@ -17,7 +17,7 @@ from llmscale.batch import Prompt, Trajectory
 from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.config import build
-from llmscale.data.loader import SampleOrder, micro_batches
+from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
 from llmscale.protocols import SamplingRequest
 from llmscale.rl.experience import (
@@ -42,7 +42,7 @@ class Rlhf:
         self, config: RlhfConfig, prompts: Split[Prompt], pools: Mapping[str, WorkerPool], versions: VersionCounter
     ):
         self.config, self.prompts, self.pools, self.versions = config, prompts, pools, versions
-        self.order = SampleOrder(len(prompts.train), config.run.seed)
+        self.order = prompts.order(config.run.seed)
         self.algorithm = build(config.algorithm)
         self.step = 0
         self.timings: Metrics = {}

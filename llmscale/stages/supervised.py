@@ -27,9 +27,9 @@ from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import build, load, to_dict
 from llmscale.data.batching import Prefetcher, TokenBudget
-from llmscale.data.loader import SampleOrder
-from llmscale.data.sources import read_records
+from llmscale.data.examples import Examples
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
+from llmscale.data.text import read_texts
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.engine.config import Precision
 from llmscale.errors import ConfigError, Requeue, WorkerLostError
@@ -72,10 +72,11 @@ class SupervisedRun:
         self.config, self.run_dir = config, run_dir
         self.world = distributed.join(config.cluster.collective_timeout_s)
         self.barrier = distributed.new_barrier(PATIENCE_S)
-        self.say(f"reading {config.data.train}")
+        self.say(f"reading {', '.join(config.data.sources.values())}")
         self.tokenizer = prepare_tokenizer(config, run_dir, self.barrier)
-        self.split = LOADERS[config.stage](config.data, self.tokenizer)
-        self.order = SampleOrder(len(self.split.train), config.run.seed)
+        self.split = LOADERS[config.stage](config.data, self.tokenizer, Path(config.run.dir) / ".cache")
+        self.barrier()  # one rank of each host has built what the others now read
+        self.order = self.split.order(config.run.seed)
         self.num_steps = config.training.num_steps or math.ceil(
             config.training.num_epochs * len(self.split.train) / config.training.global_batch_size
         )
@@ -86,8 +87,7 @@ class SupervisedRun:
             check_isolation(model)
         check_context(config, context_length(model))
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        mean_tokens = sum(e.num_tokens for e in self.split.train) / len(self.split.train)
-        self.flops_per_token = flops_per_token(model, round(mean_tokens))
+        self.flops_per_token = flops_per_token(model, round(self.split.train.lengths.mean()))
         self.peak, self.peak_source = peak_flops(distributed.device(), config.engine.precision is Precision.bf16)
         self.engine = build(config.engine, model, config.optim, self.num_steps)
         self.budget = TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, self.engine.packed)
@@ -120,6 +120,9 @@ class SupervisedRun:
             for broken in skipped:
                 self.tracker.event("checkpoint_skipped", **broken)
             self.tracker.event("data", **{name: count for name, count in self.split.report.items() if count})
+            if self.split.mixture is not None:
+                num_samples = self.num_steps * self.config.training.global_batch_size
+                self.tracker.event("mixture", **self.split.mixture.plan(num_samples))
             self.tracker.event("plan", **self.plan())
             self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
             self.train_steps()
@@ -200,13 +203,15 @@ class SupervisedRun:
         return self.prepared(step)
 
     def prepare_step(self, step: int) -> list[Batch]:
-        indexes = self.order.batch(step, self.config.training.global_batch_size)
-        return self.prepare([self.split.train[i] for i in indexes])
+        return self.prepare(self.split.train, self.order.batch(step, self.config.training.global_batch_size))
 
-    def prepare(self, examples: Sequence[Any]) -> list[Batch]:
-        """This rank's micro-batches of examples that all ranks share."""
-        parts = self.budget.parts([e.num_tokens for e in examples], self.world.rank, self.world.size)
-        return [self.objective.prepare([examples[i] for i in part], self.budget.row_tokens) for part in parts]
+    def prepare(self, examples: Examples[Any], indexes: Sequence[int]) -> list[Batch]:
+        """This rank's micro-batches of examples that all ranks share; only its own are read."""
+        taken = np.asarray(indexes, dtype=np.int64)
+        parts = self.budget.parts(examples.lengths[taken], self.world.rank, self.world.size)
+        return [
+            self.objective.prepare([examples[int(i)] for i in taken[part]], self.budget.row_tokens) for part in parts
+        ]
 
     def note(self, step: int, metrics: Metrics) -> None:
         """Adds `perf/mfu`: the share of what the devices of all ranks could do that the model's arithmetic took."""
@@ -216,9 +221,10 @@ class SupervisedRun:
 
     def evaluate(self, step: int, metrics: Metrics) -> None:
         """Adds `eval/` metrics on the validation split to the step's own."""
-        if self.split.validation:
+        held_out = self.split.validation
+        if held_out:
             with phase("evaluate"):
-                means = self.engine.evaluate(self.prepare(self.split.validation), self.objective)
+                means = self.engine.evaluate(self.prepare(held_out, range(len(held_out))), self.objective)
             self.scores = {step: means["loss"]}
             metrics |= {f"eval/{name}": value for name, value in means.items() if name != "num_tokens"}
             metrics |= self.validation.evaluated(means["loss"])
@@ -281,8 +287,11 @@ class SupervisedRun:
     def note_score_scale(self) -> None:
         """Mean and deviation of a reward model's scores, noted in its config (see `ScalarModel`): of the validation
         completions, else of as many of the training ones."""
-        examples = self.split.validation or self.split.train[:256]
-        outputs = self.engine.forward(self.prepare(examples), lambda f, b: {"scores": f(b).flatten()[b["ends"]]})
+        examples = self.split.validation or self.split.train
+        num = len(self.split.validation) or min(256, len(self.split.train))
+        outputs = self.engine.forward(
+            self.prepare(examples, range(num)), lambda f, b: {"scores": f(b).flatten()[b["ends"]]}
+        )
         scores = np.array(distributed.gather([x for output in outputs for x in output["scores"].tolist()]))
         config = self.engine.model.hf.config
         mean, std = (
@@ -406,9 +415,7 @@ def prepare_tokenizer(config: SupervisedConfig, run_dir: Path, barrier: Callable
         return load_tokenizer(given)
     folder = run_dir / "tokenizer"
     if distributed.rank() == 0 and not folder.exists():
-        records = read_records(config.data.train, config.data.columns, config.data.max_records)
-        texts = (record.string("text") for record in records)
-        tokenizer = train_tokenizer(texts, config.model.vocab_size, config.model.max_position)
+        tokenizer = train_tokenizer(read_texts(config.data), config.model.vocab_size, config.model.max_position)
         commit_directory(folder, tokenizer.save_pretrained)
     barrier()
     return load_tokenizer(str(folder))

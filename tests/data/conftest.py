@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llmscale.data.config import OnCorrupt
+from llmscale.data.convert import converted
+from llmscale.data.records import Malformed, Record
+from llmscale.data.report import NUM_OUTCOMES, Report
 from llmscale.data.tokenizer import train_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -23,6 +28,19 @@ def shared_data() -> Path:
 def tokenizer():
     """Fresh for each test, because some set another chat template."""
     return train_tokenizer(iter(CORPUS), vocab_size=280, model_max_length=64)
+
+
+def examples_of(tokenizer, draft, records) -> tuple[list[Any], Report]:
+    """What `draft` and the tokenizer make of the records f:1, f:2, ...: the examples, and a report without tokens."""
+    items = [Record(fields, f"f:{line}") for line, fields in enumerate(records, 1)]
+    made = list(converted(Malformed(OnCorrupt.error).left_out(items, draft), tokenizer))
+    counts = np.bincount([outcome for _, outcome in made], minlength=NUM_OUTCOMES)
+    return [example for example, _ in made if example is not None], Report.of(counts, tokens=0)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
 
 
 @pytest.fixture

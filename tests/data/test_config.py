@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from llmscale.config import check, from_dict, to_dict
-from llmscale.data.config import DataConfig, TooLong
+from llmscale.data.config import DataConfig, OnCorrupt, Packing, TooLong
 from llmscale.errors import ConfigError
+
+MIXED = {"train": None, "mixture": {"a": "a.jsonl", "b": "b.jsonl"}}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,21 @@ from llmscale.errors import ConfigError
         ({"train": "hub:"}, "train"),
         ({"validation": ""}, "validation"),
         ({"columns": {"prompt": ""}}, "columns"),
+        ({"train": None}, "train"),
+        ({"mixture": {"a": "a.jsonl"}}, "mixture"),
+        ({"train": None, "mixture": {"a": "a.jsonl", "b": ""}}, "mixture.b"),
+        ({"mixture_weights": {"a": 1}}, "mixture"),
+        ({"mixture_temperature": 2.0}, "mixture"),
+        ({"mixture_cap": 10}, "mixture"),
+        ({**MIXED, "mixture_weights": {"a": 1}}, "mixture_weights"),
+        ({**MIXED, "mixture_weights": {"a": 1, "b": 1, "c": 1}}, "mixture_weights"),
+        ({**MIXED, "mixture_weights": {"a": 1, "b": 0}}, "mixture_weights.b"),
+        ({**MIXED, "mixture_weights": {"a": 1, "b": float("nan")}}, "mixture_weights.b"),
+        ({**MIXED, "mixture_weights": {"a": 1, "b": 2}, "mixture_temperature": 2.0}, "mixture_weights"),
+        ({**MIXED, "mixture_weights": {"a": 1, "b": 2}, "mixture_cap": 5}, "mixture_weights"),
+        ({**MIXED, "mixture_temperature": 0.0}, "mixture_temperature"),
+        ({**MIXED, "mixture_temperature": -1.0}, "mixture_temperature"),
+        ({**MIXED, "mixture_cap": 0}, "mixture_cap"),
     ],
 )
 def test_impossible_values_are_refused_by_name(values, where):
@@ -35,6 +52,21 @@ def test_good_configs_pass_and_survive_freezing():
     check(config)
     assert from_dict(DataConfig, to_dict(config)) == config
     assert from_dict(DataConfig, to_dict(DataConfig(train="a"))) == DataConfig(train="a")
+    config = DataConfig(**MIXED, mixture_cap=9, packing=Packing.best_fit, on_corrupt=OnCorrupt.skip, cache_dir="c")
+    check(config)
+    check(DataConfig(**MIXED, mixture_weights={"a": 0.1, "b": 3}))
+    assert from_dict(DataConfig, to_dict(config)) == config
+
+
+def test_a_plain_source_is_a_mixture_of_one():
+    assert DataConfig(train="a.jsonl").sources == {"train": "a.jsonl"}
+    assert DataConfig(**MIXED).sources == MIXED["mixture"]
+
+
+def test_a_missing_source_is_asked_for():
+    with pytest.raises(ConfigError, match="needed and has no default") as caught:
+        check(DataConfig())
+    assert "data.train=" in str(caught.value) and "data.mixture" in str(caught.value)
 
 
 def test_config_sources_and_loader_need_no_torch():

@@ -4,10 +4,12 @@ import pytest
 
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig, TooLong
-from llmscale.data.conversations import conversation, conversation_examples, question
+from llmscale.data.conversations import conversation, conversation_draft, question
+from llmscale.data.records import Record
 from llmscale.data.report import Report
-from llmscale.data.sources import Record
 from llmscale.errors import DataError
+
+from .conftest import examples_of
 
 CONFIG = DataConfig(train="x")
 
@@ -83,14 +85,8 @@ def test_what_is_wrong_is_named():
 
 
 def examples(tokenizer, *records, **config):
-    report = Report()
-    made = conversation_examples(
-        [Record(r, f"f:{i}") for i, r in enumerate(records, 1)],
-        DataConfig(train="x", **config),
-        ChatRenderer(tokenizer),
-        report,
-    )
-    return made, report
+    renderer, config = ChatRenderer(tokenizer), DataConfig(train="x", **config)
+    return examples_of(tokenizer, lambda record: conversation_draft(record, config, renderer), records)
 
 
 SHORT, LONG = {"question": "Q", "answer": "A"}, {"question": "Q", "answer": "ABCDEFGHIJ"}  # 6 and 15 tokens
@@ -99,18 +95,18 @@ SHORT, LONG = {"question": "Q", "answer": "A"}, {"question": "Q", "answer": "ABC
 def test_examples_are_counted(tokenizer):
     made, report = examples(tokenizer, SHORT, LONG, {"question": "Q", "answer": " "})
     assert [len(e.token_ids) for e in made] == [6, 15]
-    assert report == Report(records=3, dropped_empty=1, tokens=21)
+    assert report == Report(records=3, dropped_empty=1)
 
 
 def test_too_long_records(tokenizer):
     made, report = examples(tokenizer, LONG, SHORT, max_seq_len=14)
     assert [len(e.token_ids) for e in made] == [6]
-    assert report == Report(records=2, dropped_too_long=1, tokens=6)
+    assert report == Report(records=2, dropped_too_long=1)
 
     made, report = examples(tokenizer, LONG, max_seq_len=6, too_long=TooLong.truncate)
     assert tokenizer.decode(made[0].token_ids) == "<|user|>Q<|eos|><|assistant|>AB"
     assert made[0].loss_mask.tolist() == [False] * 4 + [True] * 2
-    assert report == Report(records=1, truncated=1, tokens=6)
+    assert report == Report(records=1, truncated=1)
 
     made, report = examples(tokenizer, LONG, max_seq_len=4, too_long=TooLong.truncate)
     assert made == [] and report.dropped_too_long == 1  # no answer is left

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from llmscale.data.config import DataConfig
 from llmscale.data.loader import SampleOrder, micro_batches, shard
+from llmscale.data.mixing import MixedOrder, Mixture
 from llmscale.errors import DataError
 
 
@@ -40,6 +44,47 @@ def test_shards_cover_the_same_global_batch(world_size, size):
     parts = [shard(batch, rank, world_size) for rank in range(world_size)]
     assert sorted(i for part in parts for i in part) == sorted(batch)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# ---------------------------------------------------------------- the position in the data is the step number
+
+SIZES = {"web": 300, "books": 40}
+MIXTURE = Mixture.of(SIZES, DataConfig(mixture={name: "f" for name in SIZES}, mixture_temperature=2.0))
+ORDERS = {"one source": lambda: SampleOrder(340, 3), "a mixture": lambda: MixedOrder(MIXTURE, 3)}
+
+
+def seen(order, steps: range, world_size: int, size: int = 24) -> list[int]:
+    """What the ranks of one attempt take from the data, put together again: rank r has every world_size-th sample."""
+    taken = []
+    for step in steps:
+        parts = [shard(order.batch(step, size), rank, world_size) for rank in range(world_size)]
+        taken += [parts[i % world_size][i // world_size] for i in range(size)]
+    return taken
+
+
+@pytest.mark.parametrize("new_order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("stop", [1, 7, 199])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (4, 2), (2, 3)])
+def test_a_continued_run_sees_what_remains_in_the_same_global_order(new_order, stop, before, after):
+    uninterrupted = seen(new_order(), range(250), world_size=1)
+    continued = seen(new_order(), range(stop), before) + seen(new_order(), range(stop, 250), after)
+    assert continued == uninterrupted
+    assert len(set(uninterrupted)) == 340
+
+
+def test_the_order_of_a_seed_stays_as_it_is():
+    """Written down, so that no version continues a run of an earlier one with other samples."""
+    assert SampleOrder(10, 3).batch(1, 8) == [0, 3, 9, 7, 1, 3, 0, 2]
+    assert MixedOrder(MIXTURE, 3).batch(1, 8) == [296, 241, 221, 257, 250, 264, 81, 171]
+
+
+def test_drawing_a_batch_takes_microseconds():
+    order = SampleOrder(100_000, 0)
+    order.batch(0, 1)
+    started = time.process_time()
+    for step in range(200):
+        order.batch(step, 256)
+    assert (time.process_time() - started) / 200 < 500e-6, "it takes 20 on an idle machine"
 
 
 def test_micro_batches_keep_order_and_everything():

@@ -4,23 +4,24 @@ import pytest
 
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig, TooLong
-from llmscale.data.prompts import prompts
+from llmscale.data.prompts import prompt_draft, room_for_prompts
 from llmscale.data.report import Report
-from llmscale.data.sources import Record
 from llmscale.errors import ConfigError, DataError
+
+from .conftest import examples_of
 
 
 def made(tokenizer, *records, room: int = 10, **config):
-    report = Report()
-    numbered = [Record(r, f"f:{i}") for i, r in enumerate(records, 1)]
-    return prompts(numbered, DataConfig(train="x", **config), ChatRenderer(tokenizer), report, room), report
+    renderer, config = ChatRenderer(tokenizer), DataConfig(train="x", **config)
+    limit = room_for_prompts(config, room)
+    return examples_of(tokenizer, lambda record: prompt_draft(record, config, renderer, limit), records)
 
 
 def test_prompts_carry_tokens_text_and_the_other_columns(tokenizer):
     (prompt,), report = made(tokenizer, {"question": "Q", "answer": "4", "level": 2})
     assert tokenizer.decode(prompt.token_ids) == "<|user|>Q<|eos|><|assistant|>"
     assert prompt.text == "Q" and prompt.fields == {"answer": "4", "level": 2}
-    assert report == Report(records=1, tokens=4)
+    assert report == Report(records=1)
 
 
 def test_a_dialogue_reads_as_one_and_loses_its_last_answer(tokenizer):
@@ -37,7 +38,7 @@ def test_a_prompt_that_leaves_no_room_is_an_error_unless_dropped(tokenizer):
         made(tokenizer, *records, max_seq_len=16)
     assert caught.value.where == "f:2"
     kept, report = made(tokenizer, *records, max_seq_len=16, too_long=TooLong.drop)
-    assert [p.text for p in kept] == ["Q"] and report == Report(records=2, dropped_too_long=1, tokens=4)
+    assert [p.text for p in kept] == ["Q"] and report == Report(records=2, dropped_too_long=1)
 
 
 def test_impossible_settings_are_refused(tokenizer):

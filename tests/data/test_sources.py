@@ -146,8 +146,8 @@ def test_a_whole_surrogate_pair_is_text(write):
 
 
 def test_other_suffixes_are_refused(write):
-    error = failure(write("a.parquet", b"x"))
-    assert ".parquet" in error.what and ".jsonl" in str(error)
+    error = failure(write("a.xlsx", b"x"))
+    assert ".xlsx" in error.what and ".jsonl" in str(error) and ".parquet" in str(error)
 
 
 def test_an_unreadable_file_is_one_error(tmp_path):
@@ -159,7 +159,9 @@ def test_hub_reads_through_datasets(write, tmp_path):
     """`datasets` takes a folder for a dataset's name, so the real loader runs without a network."""
     write("set/train.jsonl", [{"q": "one"}, {"q": "two"}])
     code = (
-        "import sys; from llmscale.data.sources import read_records\n"
+        "import sys; from llmscale.data.sources import content_of, read_records\n"
+        "named, files = content_of(sys.argv[1] + ':train')\n"
+        "print(named, sum(f.stat().st_size for f in files) > 0)\n"
         "for r in read_records(sys.argv[1], {'prompt': 'q'}): print(r.where, dict(r.fields))\n"
         "try: list(read_records('hub:nobody/nothing:test', {}))\n"
         "except Exception as e: print(type(e).__name__, e.where, e.what, e.fix)"
@@ -168,5 +170,6 @@ def test_hub_reads_through_datasets(write, tmp_path):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     out = subprocess.run([sys.executable, "-c", code, source], env=env, capture_output=True, text=True)
     lines = out.stdout.splitlines()
+    assert lines.pop(0) == f"{source}:train True", out.stderr
     assert lines[:2] == [f"{source}:item 1 {{'prompt': 'one'}}", f"{source}:item 2 {{'prompt': 'two'}}"], out.stderr
     assert lines[2].startswith("DataError hub:nobody/nothing:test the dataset cannot be loaded")
