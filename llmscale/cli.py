@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, NoReturn, cast
 
@@ -70,6 +70,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _show(_stage_help(stage, arguments.config_dir) if stage else _help(arguments.config_dir))
     plugins = [f"plugins=[{','.join(arguments.plugin)}]"] if arguments.plugin else []
     overrides = [*plugins, *arguments.overrides]
+    if arguments.multirun:
+        return _multirun(arguments, overrides)
     if stage == "pipeline":
         from llmscale.stages.pipeline import compose_stages
 
@@ -77,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         configs = {stage: compose(stage, overrides, arguments.config_dir)}
     if arguments.cfg:
-        return _show("\n".join(f"# {name}\n{to_yaml(config).rstrip()}" for name, config in configs.items()))
+        return _show(_frozen(configs))
     if all(isinstance(config, StageConfig) for config in configs.values()):
         signals.install()
     else:
@@ -104,6 +106,22 @@ def _entry(reference: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
+def _multirun(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from llmscale.stages.grid import compose_sweep
+    from llmscale.stages.sweep import run_sweep
+
+    sweep = compose_sweep(arguments.stage, overrides, arguments.config_dir)
+    if arguments.cfg:
+        return _show(_frozen({f"{job.name}/{s}": config for job in sweep.jobs for s, config in job.configs.items()}))
+    flags = [f"--plugin={module}" for module in arguments.plugin]
+    flags += [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+    return run_sweep(sweep, [*flags, "--debug"] if arguments.debug else flags)
+
+
+def _frozen(configs: Mapping[str, Any]) -> str:
+    return "\n".join(f"# {name}\n{to_yaml(config).rstrip()}" for name, config in configs.items())
+
+
 def _show(text: str) -> int:
     try:
         print(text, flush=True)
@@ -120,7 +138,7 @@ def _report(error: LlmscaleError, debug: bool) -> None:
 
 # ---------------------------------------------------------------- arguments
 
-USAGE = "llmscale STAGE [path=value ...] [--config-dir DIR] [--plugin MODULE] [--cfg job] [--debug]"
+USAGE = "llmscale STAGE [path=value ...] [-m] [--config-dir DIR] [--plugin MODULE] [--cfg job] [--debug]"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,6 +150,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Raises: UsageError for an option or a stage that there is not."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--config-dir")
     parser.add_argument("--plugin", action="append", default=[])
     parser.add_argument("--cfg", choices=["job"])
@@ -180,14 +199,16 @@ common overrides:
   tracking.wandb=disabled      or offline, online
 
 options:
+  -m, --multirun               a sweep: one job for each combination of several values
   --config-dir DIR             a folder with config groups and experiments of yours
   --plugin MODULE              import a module of yours first; may be given several times
   --cfg job                    print the composed config and stop
   --debug                      show the traceback of an error
 
-example:
+examples:
   llmscale pretrain data.train=texts.jsonl model=tiny training.num_steps=100
-  llmscale pipeline experiment=demo"""
+  llmscale pipeline experiment=demo
+  llmscale pretrain -m optim.lr=1e-3,3e-4 run.seed=0,1,2 data.train=texts.jsonl model=tiny run.name=trial"""
 
 
 def _stage_help(stage: str, config_dir: str | None) -> str:

@@ -287,7 +287,8 @@ def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> Config
     if isinstance(error, OverrideParseException):
         unreadable = str(error.override).partition("=")[0].lstrip("+")
     if unreadable is not None and " parent " not in str(error):
-        fix = "Give one value; put one with a comma, brackets or = in it in quotes: 'path=\"value\"'."
+        fix = "Give one value, or -m to run each of several; put one with a comma, brackets or = in it in quotes: "
+        fix += "'path=\"value\"'."
         return ConfigError("this value cannot be read", where=unreadable, fix=fix)
     named = re.search(r"Could not (?:override|append to config)\W+([\w.@/]+)", str(error))
     path = getattr(cause, "full_key", None) or (named[1] if named else None)

@@ -58,8 +58,7 @@ class RunDirectory:
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` was given; None as long as the run is not finished."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_result(self.path)
 
     def finish(self, result: dict[str, Any]) -> None:
         with _explaining(self.path):
@@ -194,6 +193,12 @@ def _origin(directory: Path) -> dict[str, Any]:
         "llmscale": __version__,
         "command": without_secrets(sys.argv),
     }
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """What the run in `directory` found; None as long as it is not finished."""
+    file = directory / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def run_id(directory: Path) -> str:

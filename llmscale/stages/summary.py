@@ -1,12 +1,15 @@
-"""The table that a run ends with: what each stage took and reached."""
+"""The tables that a run and a sweep end with: what each stage, or each job, took and reached."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # What a stage reached: (metric, how it is called), in the order shown. The validation figure stands before the training one.
 REACHED = {
@@ -15,6 +18,16 @@ REACHED = {
     "reward": [("eval/accuracy", "held-out pairwise accuracy"), ("train/accuracy", "training pairwise accuracy")],
     "rlhf": [("reward/mean", "learned reward"), ("kl/ref", "KL to the SFT model")],
 }
+
+# What tells the jobs of a sweep apart, in the order shown, and which of several values is the best.
+COMPARED: dict[str, Callable[..., Any]] = {
+    "train/loss": min,
+    "eval/loss": min,
+    "eval/accuracy": max,
+    "eval/reward/true": max,
+    "eval/reward/mean": max,
+}
+Key = tuple[str, str]  # stage and metric
 
 
 def print_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -50,7 +63,7 @@ def next_commands(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def reached(stage: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines such as `held-out pairwise accuracy 0.941`."""
     metrics = results[stage]["metrics"]
-    shown = [(label, metrics[name]) for name, label in REACHED.get(stage, []) if name in metrics]
+    shown = [(label, metrics[name]) for name, label in REACHED.get(stage, []) if metrics.get(name) is not None]
     lines = [f"{label} {value:.3f}" for label, value in (shown if stage == "rlhf" else shown[:1])]
     before, after = (results.get("rlhf", {}).get(when, {}) for when in ("before", "metrics"))
     for name, label in (("eval/reward/true", "held-out true score"), ("eval/reward/mean", "held-out learned reward")):
@@ -59,3 +72,69 @@ def reached(stage: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if stage == "rlhf" and name in before and name in after:
             lines.insert(0, f"{label} {before[name]:.3f} -> {after[name]:.3f}")
     return lines
+
+
+def compared(metrics: Mapping[str, Mapping[str, Any]]) -> dict[Key, float]:
+    """Of the metrics by stage, those that tell jobs apart; null stands where one was not finite."""
+    return {(s, name): m[name] for s, m in metrics.items() for name in COMPARED if m.get(name) is not None}
+
+
+def print_sweep(report: Mapping[str, Any], file: Path) -> None:
+    """`report`: the content of `file`, as `stages/sweep.py` makes it."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=1000)  # whoever reads a file can scroll; rich would fold the table to 80 characters
+    names = report["keys"]
+    jobs = [
+        _Row(
+            [*job["values"].values()], {k: (v, f"{v:#.4g}") for k, v in compared(job["metrics"]).items()}, _status(job)
+        )
+        for job in report["jobs"]
+    ]
+    console.print(_comparison([*names.values()], jobs, "status"))
+    seeds = [
+        _Row(
+            [*row["values"].values()],
+            {(stage, name): _spread(s) for stage, spreads in row["metrics"].items() for name, s in spreads.items()},
+            str(max((s["n"] for spreads in row["metrics"].values() for s in spreads.values()), default=0)),
+        )
+        for row in report["over_seeds"]
+    ]
+    if seeds:
+        over = [short for path, short in names.items() if path in report["over_seeds"][0]["values"]]
+        console.print(_comparison(over, seeds, "n"))
+    console.print(f"  {file}", soft_wrap=True, highlight=False, markup=False)
+
+
+@dataclass
+class _Row:
+    values: list[Any]  # of the swept keys
+    cells: dict[Key, tuple[float, str]]  # what it reached, and as it is shown
+    end: str
+
+
+def _comparison(swept: Sequence[str], rows: Sequence[_Row], last: str) -> Table:
+    """A column for each swept key, for each metric with its best marked, and one more."""
+    metrics = list(dict.fromkeys(key for row in rows for key in row.cells))
+    several = len({stage for stage, _ in metrics}) > 1
+    marks = len(rows) > 1 and bool(metrics)
+    table = Table(caption="* best of its column" if marks else None)
+    for name in (*swept, *(f"{stage}\n{metric}" if several else metric for stage, metric in metrics), last):
+        table.add_column(name, justify="right")
+    best = {key: COMPARED[key[1]](row.cells[key][0] for row in rows if key in row.cells) for key in metrics}
+    for row in rows:
+        cells = [Text(str(value)) for value in row.values]  # not as markup: a list has brackets
+        for key in metrics:
+            value, text = row.cells.get(key, (None, ""))
+            cells.append(Text(f"{text} *" if marks and value == best[key] else f"{text}  "))
+        table.add_row(*cells, row.end)
+    return table
+
+
+def _status(job: Mapping[str, Any]) -> str:
+    return f"{job['status']} ({job['exit_code']})" if job["exit_code"] else job["status"]
+
+
+def _spread(spread: Mapping[str, Any]) -> tuple[float, str]:
+    std = "" if spread["std"] is None else f" ± {spread['std']:.2g}"
+    return spread["mean"], f"{spread['mean']:#.4g}{std}"

@@ -24,6 +24,8 @@ class TrackingConfig:
     wandb_project: str = "llmscale"
     # W&B user or team that owns the project; None: the default of the key's owner.
     wandb_entity: str | None = None
+    # W&B group that the run is shown in, named there by the last part of its run.name; None: none. A sweep sets its own name.
+    wandb_group: str | None = None
     # Longest wait for the W&B service at start before the run goes on offline, in seconds, >= 1.
     wandb_init_timeout_s: float = 30.0
     # Longest wait for uploads at the end, in seconds, >= 1; what is missing then is still on disk.
@@ -36,3 +38,5 @@ class TrackingConfig:
         yield from at_least(self, wandb_init_timeout_s=1, wandb_finish_timeout_s=1, console_every_s=0)
         if not self.wandb_project:
             yield "wandb_project", "is empty", "Name the W&B project, or set tracking.wandb=disabled."
+        if self.wandb_group == "":
+            yield "wandb_group", "is empty", "Name the W&B group, or set it to null."

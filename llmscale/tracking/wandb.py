@@ -114,7 +114,9 @@ def _start(mode: str, config: TrackingConfig, run_dir: Path, run_id: str, run_co
         entity=config.wandb_entity,
         id=wandb_id(run_id),
         resume="allow",
-        name=run_id,
+        group=config.wandb_group,
+        job_type=run_dir.name,  # the stage
+        name=run_dir.parent.name if config.wandb_group else run_id,  # the group tells it from others called so
         dir=run_dir,
         config=dict(run_config),
         settings=wandb.Settings(

@@ -27,7 +27,13 @@ def test_defaults_are_valid():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("wandb_finish_timeout_s", 0), ("wandb_init_timeout_s", 0), ("console_every_s", -1), ("wandb_project", "")],
+    [
+        ("wandb_finish_timeout_s", 0),
+        ("wandb_init_timeout_s", 0),
+        ("console_every_s", -1),
+        ("wandb_project", ""),
+        ("wandb_group", ""),
+    ],
 )
 def test_impossible_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError) as caught:

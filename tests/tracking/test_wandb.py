@@ -107,6 +107,16 @@ def test_a_failed_run_says_so(tmp_path):
     assert read_wandb(offline_files(tmp_path)[0]).exit_code == 1
 
 
+def test_runs_of_a_group_are_named_by_their_folder(tmp_path):
+    run_dir = tmp_path / "trial" / "lr=0.1,seed=0" / "sft"
+    open_run(run_dir, wandb_group="trial").finish("done")
+    open_run(tmp_path).finish("done")
+    grouped, alone = (read_wandb(offline_files(folder)[0]) for folder in (run_dir, tmp_path))
+    assert (grouped.group, grouped.name, grouped.job_type) == ("trial", "lr=0.1,seed=0", "sft")
+    assert (alone.group, alone.name) == ("", "sft/demo")
+    assert grouped.run_id == alone.run_id
+
+
 def test_disabled_writes_nothing(tmp_path):
     open_run(tmp_path, wandb=WandbMode.disabled).finish("done")
     assert not (tmp_path / "wandb").exists()

@@ -27,6 +27,9 @@ class WandbFile:
 
     run_id: str = ""
     project: str = ""
+    name: str = ""
+    group: str = ""
+    job_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # history; nested keys joined by dots
     axes: dict[str, str] = field(default_factory=dict)  # metric or pattern -> the metric that it is drawn over
@@ -40,7 +43,8 @@ def read_wandb(path: Path) -> WandbFile:
         record.ParseFromString(blob)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found.run_id, found.project = record.run.run_id, record.run.project
+            found.run_id, found.project, found.name = record.run.run_id, record.run.project, record.run.display_name
+            found.group, found.job_type = record.run.run_group, record.run.job_type
             found.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "history":
             found.rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
