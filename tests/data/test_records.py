@@ -46,6 +46,13 @@ def test_a_malformed_record_is_an_error_or_left_out_and_counted(write, tokenizer
         assert caught.value.what in warning
 
 
+def test_a_copy_elsewhere_is_named_by_its_own_place(write, tokenizer, cache, caplog):
+    for name in ("a.jsonl", "b.jsonl"):
+        path = write(name, f"{GOOD}\n{{oops\n")
+        load_conversations(skipping(path), tokenizer, cache)
+        assert f"the first at {path}:2: " in caplog.messages[-1]
+
+
 def test_other_kinds_of_data_skip_what_is_malformed_for_them(write, tokenizer, cache):
     rankings = [{"prompt": "Q", "completions": c, "ranks": [1, 2][: len(c)]} for c in (["A"], ["A", "B"], ["A", 3])]
     path = write("rankings.jsonl", rankings)
