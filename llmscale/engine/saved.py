@@ -55,9 +55,13 @@ def _open(directory: Path, opened: ExitStack) -> Weights:
 
         return {name: weight.contiguous for name, weight in master_weights(directory).items()}
     if (directory / "model.safetensors").is_file():
-        file = opened.enter_context(safe_open(directory / "model.safetensors", "pt"))
+        file = opened.enter_context(_reader(directory / "model.safetensors"))
         return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-    return _joined([opened.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("state-*"))])
+    return _joined([opened.enter_context(_reader(path)) for path in sorted(directory.glob("state-*"))])
+
+
+def _reader(path: Path) -> Any:
+    return safe_open(path, "pt", backend="pread")  # a mapped file would stay in memory as a whole
 
 
 def _joined(files: list[Any]) -> Weights:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from llmscale.optim.config import OptimConfig
 from tests.engine.conftest import Results
 from tests.engine.scenarios import BUCKET_BYTES
 from tests.tiny import language_model, scalar_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def saved(checkpoint: Path, new_model: Callable[[], nn.Module]) -> dict[str, Tensor]:
@@ -74,6 +78,31 @@ def test_pieces_of_several_ranks_are_joined_and_the_average_goes_first(tmp_path:
     weights = saved(tmp_path, lambda: language_model(tie=False))
     for name, parameter in model.named_parameters():
         assert torch.equal(weights[name], parameter), name
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from llmscale.engine.saved import saved_buckets
+
+with torch.device("meta"):
+    model = torch.nn.Sequential(*(torch.nn.Linear(1 << 10, 1 << 10, bias=False) for _ in range(32)))
+# Of this program alone: ru_maxrss starts as that of the one that started it.
+peak_mb = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
+before = peak_mb()
+for bucket in saved_buckets(Path(sys.argv[1]), model, 8 << 20):
+    assert len(bucket) == 2 and all(value.sum() == value.numel() for value in bucket.values())
+    del bucket
+print(peak_mb() - before)
+"""
+
+
+def test_a_bucket_is_all_that_is_read_at_a_time(tmp_path: Path):
+    save_file({f"{i}.weight": torch.ones(1 << 10, 1 << 10) for i in range(32)}, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 64, done.stderr  # MiB, of 128
 
 
 @pytest.mark.parametrize(
