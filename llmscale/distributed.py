@@ -3,8 +3,10 @@ so that callers need no second path."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ import torch.distributed as dist
 
 from llmscale.errors import WorkerLostError
 from llmscale.phases import phase
+
+LOOPBACK = "127.0.0.1"
+ANYWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737): reached by the default route, by nothing else
+SIOCGIFADDR = 0x8915  # Linux, netdevice(7)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ def join(timeout_s: float) -> World:
     world = world_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(world)):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     if world.size > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         timeout = timedelta(seconds=timeout_s)
@@ -59,10 +67,54 @@ def join(timeout_s: float) -> World:
     return world
 
 
+def limit_groups() -> None:
+    """Give every group of processes the time limit of the first: those that libraries make have torch's own, half an
+    hour, in which a host that lost its power would not be missed."""
+    c10d = dist.distributed_c10d
+    limit = c10d._get_default_group()._get_backend(device()).options._timeout
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(limit, group)
+
+
+def _interface(world: World) -> str | None:
+    """The network interface on which the other ranks reach this one; None: gloo chooses. It would take the address of the
+    host's own name, which Debian writes as 127.0.1.1, where ranks on other hosts cannot follow."""
+    master = os.environ.get("MASTER_ADDR", LOOPBACK)
+    if world.size == 1 or master == LOOPBACK or os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
+        return _interface_of(LOOPBACK)
+    for there in (master, ANYWHERE):  # the host of rank 0 may know the master by a loopback address too
+        own = _address_towards(there)
+        if own is not None and not own.startswith("127."):
+            return _interface_of(own)
+    return None
+
+
+def _address_towards(there: str) -> str | None:
+    """This host's own IPv4 address on the way to another host; None when there is no way. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((there, 9))
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def _interface_of(address: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:  # struct ifreq: a name of 16 bytes, then struct sockaddr_in
+                reply = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("40s", name.encode()))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(reply[20:24]) == address:
+                return name
+    return None
+
+
 def _loopback_store(world: World, timeout: timedelta) -> dist.Store | None:
     """The rendezvous of ranks that are all on this machine. torch's own listens on every address, without a password."""
     address, port = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", "0"))
-    if address != "127.0.0.1" or "TORCHELASTIC_RUN_ID" in os.environ:
+    if address != LOOPBACK or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
     if not world.is_main:
         return dist.TCPStore(address, port, world.size, False, timeout)

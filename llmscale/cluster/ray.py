@@ -26,6 +26,11 @@ from llmscale.cluster.config import ClusterConfig, PoolConfig
 from llmscale.errors import ClusterError, LlmscaleError, WorkerError, WorkerLostError
 
 LOOPBACK = "127.0.0.1"
+KNOCK_S = 10.0
+HOW_TO_JOIN = (
+    "Ray must be up there (ray status), this host a part of it (ray start), and RAY_AUTH_MODE and the token those that it "
+    "was started with."
+)
 DIED = "this worker died"
 DEATH_IS_KNOWN_S = 5.0
 
@@ -71,8 +76,10 @@ class Shell:
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
-        if address == LOOPBACK:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        print(
+            f"rank {place.rank} of {place.size} on {socket.gethostname()} ({self.node()}), pid {os.getpid()}",
+            flush=True,
+        )
         import torch
 
         torch.set_num_threads(threads)
@@ -273,10 +280,12 @@ def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "ERROR"}
     if cluster.address is not None:
         try:
+            _knock(cluster.address)
             with _own_signals():
                 ray.init(address=cluster.address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ClusterError(f"cannot connect to Ray: {error}", where="cluster.address") from error
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            what = f"cannot connect to Ray at {cluster.address}: {error}"
+            raise ClusterError(what, where="cluster.address", fix=HOW_TO_JOIN) from error
         return
     # On one machine CPUs are shares that we hand out ourselves; GPUs are what is there.
     wanted = sum(c.num_workers * c.num_cpus for c in configs.values())
@@ -305,6 +314,13 @@ def _own_signals() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, ours)
+
+
+def _knock(address: str) -> None:
+    """Ray would try for minutes. Raises: OSError when nothing listens there."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:  # else `auto` or a form of Ray's own
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _check_resources(configs: dict[str, PoolConfig]) -> None:

@@ -68,6 +68,7 @@ class DeepSpeedEngine(FrozenEngine):
             optimizer=optimizer,
             config=deepspeed_json(config, optim, distributed.world_size(), sum(p.numel() for p in model.parameters())),
         )
+        distributed.limit_groups()
         if config.compile:
             self.module.compile(compile_kwargs={"dynamic": True})
         self.average = WeightAverage(optim.ema_decay, self.optimizer.optimizer, self._spread_masters)
