@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llmscale.batch import Batch
 
@@ -22,10 +23,15 @@ class ModelForward:
     def logprobs(
         self, batch: Batch, mask: Tensor, temperature: float = 1.0, entropy: str = "none"
     ) -> tuple[Tensor, Tensor]:
-        return self._call(
+        # Token t-1 predicts token t. Moved here and not in the model, where a rank may hold a part of each row alone.
+        targets, wanted = (pad(x[:, 1:], (0, 1)) for x in (batch["input_ids"], mask))
+        scores = self._call(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
-            mask=mask,
+            targets=targets,
+            wanted=wanted,
             temperature=temperature,
             entropy=entropy,
         )
+        logprobs, entropies = (pad(x[:, :-1], (1, 0)) for x in scores)
+        return logprobs, entropies

@@ -5,6 +5,8 @@ Legend: N scored tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -41,15 +43,20 @@ class TokenHead(nn.Linear):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: str) -> tuple[Tensor, Tensor]:
-        logits = super().forward(hidden).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        logprobs = -nn.functional.cross_entropy(logits, targets, reduction="none")
-        if entropy == "none":
-            return logprobs, torch.zeros_like(logprobs)
-        with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
-            every = torch.log_softmax(logits, dim=-1)
-            return logprobs, -(every.exp() * every).sum(-1)
+        return score_logits(super().forward(hidden), targets, temperature, entropy)
+
+
+def score_logits(logits: Tensor, targets: Tensor, temperature: float, entropy: str) -> tuple[Tensor, Tensor]:
+    """log p of each target and the entropy of its distribution in nats, fp32 [N] each. logits: [N, V]; targets: [N]."""
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    logprobs = -nn.functional.cross_entropy(logits, targets, reduction="none")
+    if entropy == "none":
+        return logprobs, torch.zeros_like(logprobs)
+    with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
+        every = torch.log_softmax(logits, dim=-1)
+        return logprobs, -(every.exp() * every).sum(-1)
 
 
 def install_token_head(hf: PreTrainedModel) -> TokenHead | None:
@@ -76,11 +83,16 @@ def _is_all_there_is(hf: PreTrainedModel, head: nn.Linear) -> bool:
 
 
 def scored(
-    head: TokenHead, hidden: Tensor, input_ids: Tensor, mask: Tensor, temperature: float, entropy: str
+    head: Callable[..., tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    targets: Tensor,
+    wanted: Tensor,
+    temperature: float,
+    entropy: str,
 ) -> tuple[Tensor, Tensor]:
-    """(log p, entropy) of the tokens that `mask` selects, each [B, T] and 0 elsewhere. hidden: [B, T, H]."""
-    wanted = mask[:, 1:]  # nothing predicts the first token
-    values = head(hidden[:, :-1][wanted], input_ids[:, 1:][wanted], temperature, entropy)
+    """(log p, entropy) of `targets` [B, T] where they are `wanted`, each [B, T] and 0 elsewhere. `head` is
+    called as `score_logits` is, with rows of `hidden` [B, T, H] (or of logits)."""
+    values = head(hidden[wanted], targets[wanted], temperature, entropy)
     empty = torch.zeros(wanted.shape, device=hidden.device)
-    logprobs, entropies = (nn.functional.pad(empty.masked_scatter(wanted, v), (1, 0)) for v in values)
+    logprobs, entropies = (empty.masked_scatter(wanted, value) for value in values)
     return logprobs, entropies

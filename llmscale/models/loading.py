@@ -28,9 +28,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from llmscale.errors import ModelError
-from llmscale.functional import token_entropy, token_logprobs
 from llmscale.models.config import ModelConfig
-from llmscale.models.head import install_token_head, scored
+from llmscale.models.head import install_token_head, score_logits, scored
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -48,24 +47,21 @@ class LanguageModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        wanted: Tensor | None = None,
         temperature: float = 1.0,
         entropy: str = "none",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V]; with `mask` [B, T], log-probability and entropy [B, T] of the tokens that it selects, as in
-        `llmscale.protocols.Forward.logprobs`."""
+        """Logits [B, T, V]; or, of `targets` [B, T] as what follows each token, log-probability and entropy [B, T] where
+        they are `wanted` [B, T]: see `llmscale.protocols.Forward.logprobs`."""
         # use_cache=False in the call: with a cache transformers does not detect packed rows and lets documents leak.
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if mask is None:
+        if targets is None or wanted is None:
             return self.hf(**inputs).logits
         if self._plain_head:
             hidden = self.hf.base_model(**inputs).last_hidden_state
-            return scored(self.hf.get_output_embeddings(), hidden, input_ids, mask, temperature, entropy)
-        logits = self.hf(**inputs).logits
-        with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
-            entropies = token_entropy(logits, temperature) if entropy != "none" else torch.zeros(mask.shape)
-        logprobs, zero = token_logprobs(logits, input_ids, temperature), logits.new_zeros((), dtype=torch.float32)
-        return torch.where(mask, logprobs, zero), torch.where(mask, entropies.to(logits.device), zero)
+            return scored(self.hf.get_output_embeddings(), hidden, targets, wanted, temperature, entropy)
+        return scored(score_logits, self.hf(**inputs).logits, targets, wanted, temperature, entropy)
 
 
 class ScalarModel(nn.Module):

@@ -85,7 +85,10 @@ class HeadOnly:
         self.head, self.hidden = head, hidden
 
     def logprobs(self, batch: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return scored(self.head, self.hidden, batch["input_ids"], mask, 1.0, "none")
+        return ModelForward(self._scored).logprobs(batch, mask)
+
+    def _scored(self, targets: Tensor, wanted: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
+        return scored(self.head, self.hidden, targets, wanted, 1.0, "none")
 
 
 def test_nan_in_masked_slots_changes_nothing():
