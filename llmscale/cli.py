@@ -192,7 +192,7 @@ groups (chosen by name, as in engine=deepspeed):
 common overrides:
   experiment=demo              a folder of conf/experiment with one YAML a stage
   run.name=trial run.seed=1    where it goes (runs/<name>/<stage>); the same name resumes
-  data.train=texts.jsonl       .txt, .jsonl, .json, a folder, or hub:NAME
+  data.train=texts.jsonl       .txt, .jsonl, .json, .csv, .parquet, a folder, or hub:NAME
   model.path=runs/demo/sft     a run, a Hugging Face folder, or a hub name
   training.num_steps=200 optim.lr=3e-4 engine.micro_batch_size=16 engine.precision=bf16
   cluster.trainer.num_workers=2   ranks of a supervised stage;  cluster.rollout.num_workers=8  of rollouts

@@ -33,7 +33,14 @@ from llmscale.errors import RunError
 
 SCHEMA_VERSION = 1
 # What a run may take up again with another value of: results do not depend on it.
-MAY_CHANGE = ("tracking.", "cluster.", "training.keep_checkpoints", "training.keep_best", "training.save_every_steps")
+MAY_CHANGE = (
+    "tracking.",
+    "cluster.",
+    "data.cache_dir",
+    "training.keep_checkpoints",
+    "training.keep_best",
+    "training.save_every_steps",
+)
 _SECRET = re.compile(r"(?i)((?<![a-z0-9])(?:token|secret|password|key)[\"']?\s*[=:]\s*).+", re.DOTALL)
 _SECRET_FLAG = re.compile(r"(?i)-.*(?<![a-z0-9])(?:token|secret|password|key)")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")

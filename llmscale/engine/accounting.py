@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +105,3 @@ def parameter_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[dict[str,
         size += num_bytes
     if bucket:
         yield bucket
-
-
-def copied_to_cpu(state: Any) -> Any:
-    """A state dict with every tensor copied to the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: copied_to_cpu(value) for key, value in state.items()}
-    return type(state)(map(copied_to_cpu, state)) if isinstance(state, list | tuple) else state

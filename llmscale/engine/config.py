@@ -13,6 +13,11 @@ from llmscale.config import Problem, at_least, option
 from llmscale.models.config import Attention
 
 
+class Offload(Enum):
+    none = "none"
+    cpu = "cpu"
+
+
 class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"  # forward and backward in bfloat16, optimizer state and master weights in fp32
@@ -44,6 +49,10 @@ class EngineConfig:
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, micro_batch_size=1)
 
+    def data_shard(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Which shard of the examples a rank trains on, and of how many."""
+        return rank, world_size
+
 
 @option("engine", "single", builds="llmscale.engine.single:SingleEngine")
 @dataclass
@@ -64,6 +73,10 @@ OWNED = {
     "bf16": "engine.precision",
     "fp16": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "tensor_parallel": "engine.tensor_parallel_size",
+    "sequence_parallel_size": "engine.sequence_parallel_size",
 }
 
 
@@ -74,15 +87,29 @@ class DeepSpeedConfig(EngineConfig):
 
     name: str = "deepspeed"
     zero_stage: int = 2  # 1 shards optimizer state, 2 gradients too, 3 weights too
+    offload_optimizer: Offload = Offload.none  # cpu: fp32 weights, optimizer state and its step in host memory
+    offload_parameters: Offload = Offload.none  # cpu: sharded weights wait in host memory; zero_stage=3 only
+    tensor_parallel_size: int = 1  # neighbouring ranks that share each layer's matrices (DeepSpeed AutoTP)
+    sequence_parallel_size: int = 1  # neighbouring ranks that share each sequence (Ulysses)
     overrides: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own JSON, merged under what is typed here
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        yield from at_least(self, tensor_parallel_size=1, sequence_parallel_size=1)
         if self.zero_stage not in (1, 2, 3):
             yield "zero_stage", f"must be 1, 2 or 3, is {self.zero_stage}", "Stage 0 is engine=single."
+        if self.offload_parameters is not Offload.none and self.zero_stage != 3:
+            yield "offload_parameters", "only zero_stage=3 shards weights, and can offload them", "Set zero_stage=3."
+        if self.tensor_parallel_size > 1 and self.sequence_parallel_size > 1:
+            yield "sequence_parallel_size", "cannot be combined with tensor_parallel_size", "Leave one of them at 1."
         for path, instead in OWNED.items():
             node: Any = self.overrides
             for key in path.split("."):
                 node = node.get(key) if isinstance(node, dict) else None
             if node is not None:
                 yield f"overrides.{path}", "this value belongs to the typed config", f"Set {instead}."
+
+    def data_shard(self, rank: int, world_size: int) -> tuple[int, int]:
+        """Ranks that share matrices or sequences train on the same examples."""
+        sharing = self.tensor_parallel_size * self.sequence_parallel_size
+        return rank // sharing, world_size // sharing

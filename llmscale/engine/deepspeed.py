@@ -7,20 +7,19 @@ the first, and the second is switched off.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmscale import distributed
 
@@ -30,15 +29,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences a warning
 
 import deepspeed
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from llmscale.batch import Batch
+from llmscale.engine import partitions, state
 from llmscale.engine.accounting import StepTotals, parameter_buckets, require_finite, same_number_on_all_ranks
 from llmscale.engine.averaging import WeightAverage
-from llmscale.engine.config import DeepSpeedConfig, Precision
+from llmscale.engine.config import DeepSpeedConfig, Offload, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.engine.gate import Gate
-from llmscale.errors import CheckpointError
+from llmscale.engine.sequence_parallel import SequenceParallel
+from llmscale.errors import ConfigError
 from llmscale.models.export import SHARD_BYTES, save_hf
 from llmscale.models.loading import Model
 from llmscale.optim.build import build_optimizer, set_learning_rate
@@ -47,7 +47,6 @@ from llmscale.optim.schedule import learning_rate
 from llmscale.phases import phase
 from llmscale.protocols import Accept, Objective
 
-TAG = "deepspeed"  # folder of its files inside a checkpoint
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
@@ -60,18 +59,29 @@ class DeepSpeedEngine(FrozenEngine):
         if config.activation_checkpointing:
             self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
         _join_group(self.device)
+        self.tensor_parallel_size = config.tensor_parallel_size
+        self.sequence_parallel_size = config.sequence_parallel_size
+        self.num_sharing = self.tensor_parallel_size * self.sequence_parallel_size  # ranks with the same examples
+        if distributed.world_size() % self.num_sharing:
+            what = f"{distributed.world_size()} ranks cannot share examples {self.num_sharing} by {self.num_sharing}"
+            raise ConfigError(what, where="engine", fix="Change tensor_parallel_size or sequence_parallel_size.")
+        if self.sequence_parallel_size > 1:
+            SequenceParallel(self.model, self.sequence_parallel_size)
+        if self.tensor_parallel_size > 1:
+            self.model.config = self.model.hf.config  # where AutoTP looks for the plan of the architecture
         optimizer = build_optimizer(optim, self.model)
         self.gate = Gate(optimizer)
         self.module: Any
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=optimizer,
-            config=deepspeed_json(config, optim, distributed.world_size(), sum(p.numel() for p in model.parameters())),
+            config=deepspeed_json(config, optim, sum(p.numel() for p in model.parameters())),
         )
         distributed.limit_groups()
         if config.compile:
             self.module.compile(compile_kwargs={"dynamic": True})
-        self.average = WeightAverage(optim.ema_decay, self.optimizer.optimizer, self._spread_masters)
+        spread = partial(partitions.weights_follow, self.optimizer, self.zero_stage)
+        self.average = WeightAverage(optim.ema_decay, self.optimizer.optimizer, spread)
         self.num_steps = 0
 
     def step(
@@ -85,8 +95,8 @@ class DeepSpeedEngine(FrozenEngine):
             with phase("forward"):
                 loss = totals.add(objective.loss(self._forward, batch.to(self.device)))
             with phase("backward"):
-                self.module.backward(loss * distributed.world_size(), scale_wrt_gas=False)
-        metrics = totals.metrics()
+                self.module.backward(loss * self._loss_scale, scale_wrt_gas=False)
+        metrics = self._of_examples(totals.metrics())
         metrics["lr"] = learning_rate(self.optim, self.num_steps, self.total_steps)
         set_learning_rate(self.optimizer, metrics["lr"])
 
@@ -103,7 +113,7 @@ class DeepSpeedEngine(FrozenEngine):
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> dict[str, float]:
         with self.averaged():
-            return super().evaluate(micro_batches, objective)
+            return self._of_examples(super().evaluate(micro_batches, objective))
 
     def averaged(self) -> AbstractContextManager[None]:
         return self.average.swapped_in()
@@ -113,27 +123,17 @@ class DeepSpeedEngine(FrozenEngine):
             sharded = self.zero_stage == 3
             gathered = deepspeed.zero.GatheredParameters(list(bucket.values())) if sharded else nullcontext()
             with gathered:
-                yield {n: p.detach() for n, p in bucket.items()} if distributed.rank() == 0 else {}
+                whole = {name: self._whole(parameter) for name, parameter in bucket.items()}
+                yield whole if distributed.rank() == 0 else {}
 
     def snapshot(self) -> Callable[[Path], None]:
-        def write(directory: Path) -> None:
-            # save_latest=False: DeepSpeed would write it before every rank is done; our commit protocol has its own.
-            state = {"num_steps": self.num_steps, "world_size": distributed.world_size()}
-            self.module.save_checkpoint(str(directory), tag=TAG, client_state=state, save_latest=False)
-
-        return write
+        return state.snapshot(self._pieces(), self.num_steps, self._part)
 
     def load(self, directory: Path) -> None:
-        """DeepSpeed unpickles its files; the caller has checked their digests against the manifest that we wrote."""
-        saved = len(list((directory / TAG).glob("*_optim_states.pt")))
-        if saved != distributed.world_size():
-            raise CheckpointError(
-                f"this checkpoint was written by {saved} ranks, the run now has {distributed.world_size()}",
-                where=str(directory),
-                fix=f"Resume with {saved} ranks.",
-            )
-        _, state = self.module.load_checkpoint(str(directory), tag=TAG)
-        self.num_steps = state["num_steps"]
+        partitions.make_state(self.optimizer, self.zero_stage)
+        self.average.begin()
+        self.num_steps = state.load(directory, self._pieces(), self.model, self._part)
+        partitions.weights_follow(self.optimizer, self.zero_stage)
 
     def export(self, directory: Path, tokenizer) -> None:
         with self.averaged():
@@ -144,36 +144,55 @@ class DeepSpeedEngine(FrozenEngine):
             finally:
                 deque(buckets, maxlen=0)  # the others wait for rank 0 in each bucket, whatever happened to it
 
-    def _spread_masters(self) -> None:
-        """The optimizer's own weights (fp32, this rank's part) were changed: bring them to where the forward reads."""
-        if self.zero_stage < 3:
-            self.optimizer.update_lp_params()
-            return
-        self.optimizer.checkpoint_event_prologue()  # small weights stay gathered: without it they would keep old values
-        for i in range(len(self.optimizer.fp16_groups)):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        self.optimizer.checkpoint_event_epilogue()
+    @property
+    def _loss_scale(self) -> int:
+        """Undoes DeepSpeed's mean: it averages over the ranks that it knows to have other examples, and takes those that
+        share a sequence for such; a loss that several ranks count is a share of it in each."""
+        return distributed.world_size() * self.sequence_parallel_size
+
+    def _of_examples(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics | {"num_tokens": metrics["num_tokens"] / self.num_sharing}
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """Joined over the ranks that share its matrix."""
+        value = parameter.detach()
+        if hasattr(parameter, "gather_params"):
+            parameter.gather_params([value])  # puts the joined tensor in the place of this view's own
+        return value
+
+    @property
+    def _part(self) -> state.Part:
+        size = self.tensor_parallel_size
+        return state.Part(distributed.rank() // size, distributed.world_size() // size, distributed.rank() % size, size)
+
+    def _pieces(self) -> list[state.Piece]:
+        return partitions.pieces(self.model, self.optimizer, self.zero_stage)
 
     def _call(self, **inputs: Any) -> Any:
         """DeepSpeed has cast the weights itself."""
         return self.module(**inputs)
 
 
-def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_json(config: DeepSpeedConfig, optim: OptimConfig, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's config: a few defaults, the user's overrides over them, and what is typed on top. Batch sizes are 1
     because accumulation is steered by hand, a different number of micro-batches each step."""
     # Its own default is a buffer of 2 GB, however small the model.
     defaults = {"zero_optimization": {"reduce_bucket_size": min(num_parameters, 500_000_000)}}
-    typed = {
+    typed: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
         "gradient_clipping": optim.grad_clip,
         "bf16": {"enabled": config.precision is Precision.bf16},
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own steps as fast on a CPU and compiles nothing
         "steps_per_print": 1 << 30,
     }
+    for key, offload in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
+        if offload is not Offload.none:
+            typed["zero_optimization"][key] = {"device": offload.value}
+    if config.tensor_parallel_size > 1:
+        typed["tensor_parallel"] = {"autotp_size": config.tensor_parallel_size, "vocab_parallel_lm_head": False}
     if config.precision is Precision.bf16:  # in bf16 the sum over many micro-batches would lose the small ones
         typed["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(_merged(defaults, config.overrides), typed)
@@ -196,17 +215,3 @@ def _join_group(device: torch.device) -> None:
         os.environ.setdefault(name, value)
     with redirect_stdout(sys.stderr):  # it prints; stdout is for results
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def master_weights(directory: Path) -> dict[str, Any]:
-    """The fp32 weights in a checkpoint of any ZeRO stage and number of ranks; `.contiguous()` makes a tensor of one. They are
-    unpickled: the caller has checked the files' digests against the manifest that we wrote.
-
-    Raises: CheckpointError for ZeRO-1 in bf16, whose files DeepSpeed's own function does not read.
-    """
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells what it does
-        try:
-            return get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=TAG, lazy_mode=True)
-        except ValueError as error:
-            fix = "Let the run end: it writes the model itself."
-            raise CheckpointError(f"DeepSpeed finds no weights: {error}", where=str(directory), fix=fix) from error

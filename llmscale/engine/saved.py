@@ -50,13 +50,6 @@ def _other_model(directory: Path, what: str) -> CheckpointError:
 
 
 def _open(directory: Path, opened: ExitStack) -> Weights:
-    if (directory / "deepspeed").is_dir():
-        from llmscale.engine.deepspeed import master_weights  # it imports deepspeed, which takes seconds
-
-        return {name: weight.contiguous for name, weight in master_weights(directory).items()}
-    if (directory / "model.safetensors").is_file():
-        file = opened.enter_context(_reader(directory / "model.safetensors"))
-        return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
     return _joined([opened.enter_context(_reader(path)) for path in sorted(directory.glob("state-*"))])
 
 

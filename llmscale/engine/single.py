@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmscale import distributed
 from llmscale.batch import Batch
+from llmscale.engine import state
 from llmscale.engine.accounting import (
     StepTotals,
-    copied_to_cpu,
     parameter_buckets,
     require_finite,
     same_number_on_all_ranks,
@@ -86,25 +85,29 @@ class SingleEngine(FrozenEngine):
             yield {name: parameter.detach() for name, parameter in bucket.items()}
 
     def snapshot(self) -> Callable[[Path], None]:
-        weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-        optimizer = copied_to_cpu(self.optimizer.state_dict())
-        num_steps = self.num_steps
-
-        def write(directory: Path) -> None:
-            save_file(weights, directory / "model.safetensors")
-            torch.save({"optimizer": optimizer, "num_steps": num_steps}, directory / "optimizer.pt")
-
-        return write
+        return state.snapshot(self._pieces(), self.num_steps, state.Part())
 
     def load(self, directory: Path) -> None:
-        saved = load_file(directory / "model.safetensors", device=str(self.device))
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(saved[name])
-        state = torch.load(directory / "optimizer.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.num_steps = state["num_steps"]
+        self._make_state()
+        self.average.begin()
+        self.num_steps = state.load(directory, self._pieces(), self.model, state.Part())
 
     def export(self, directory: Path, tokenizer) -> None:
         with self.averaged():
             save_hf(self.model, tokenizer, directory, self.full_parameters(SHARD_BYTES))
+
+    def _pieces(self) -> list[state.Piece]:
+        return [
+            state.Piece(name, tuple(p.shape), 0, p.detach().view(-1), self.optimizer.state.get(p, {}))
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+
+    def _make_state(self) -> None:
+        """Let the optimizer make its state now and not in its first step: by a step of nothing."""
+        set_learning_rate(self.optimizer, 0.0)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

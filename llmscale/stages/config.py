@@ -151,6 +151,9 @@ class RlhfConfig(StageConfig):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from unfit_optimizer(self.engine, self.critic.optim, "critic.optim")
+        if self.engine.data_shard(1, 2) != (1, 2):
+            what = "rlhf gives each rank sequences of its own"
+            yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
         if self.model.path is None:
             yield "model.path", "rlhf starts from a model", "Name the run directory of an SFT run, or a folder."
         if self.rollout.temperature == 0:

@@ -26,6 +26,7 @@ COMPARED: dict[str, Callable[..., Any]] = {
     "eval/accuracy": max,
     "eval/reward/true": max,
     "eval/reward/mean": max,
+    "reward/mean": max,
 }
 Key = tuple[str, str]  # stage and metric
 

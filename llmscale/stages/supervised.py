@@ -208,7 +208,9 @@ class SupervisedRun:
     def prepare(self, examples: Examples[Any], indexes: Sequence[int]) -> list[Batch]:
         """This rank's micro-batches of examples that all ranks share; only its own are read."""
         taken = np.asarray(indexes, dtype=np.int64)
-        parts = self.budget.parts(examples.lengths[taken], self.world.rank, self.world.size)
+        parts = self.budget.parts(
+            examples.lengths[taken], *self.config.engine.data_shard(self.world.rank, self.world.size)
+        )
         return [
             self.objective.prepare([examples[int(i)] for i in taken[part]], self.budget.row_tokens) for part in parts
         ]

@@ -19,13 +19,13 @@ from typing import Any
 import llmscale
 from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import open_run, read_result
-from llmscale.errors import RunError
+from llmscale.errors import Requeue, RunError
 from llmscale.stages.grid import Job, Sweep
 from llmscale.stages.summary import COMPARED, compared, print_summary, print_sweep
 
 SEED = "run.seed"
 FILE = "sweep.json"
-UNHEALTHY, REQUEUE, INTERRUPTED = 64, 75, 130  # exit codes after which no further job is started
+UNHEALTHY, REQUEUE, INTERRUPTED = 64, Requeue.exit_code, 130  # exit codes after which no further job is started
 
 
 def run_sweep(sweep: Sweep, flags: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ TWO_RANKS = [f"zero{s}x2" for s in ZERO_STAGES]
 UNSHARDED = "zero3_unshardedx2"  # stage 3 that keeps weights as small as these whole, as it does by itself
 
 
+def others(folder: Path, own: str, names: Iterable[str]) -> list[Path]:
+    """Where engines of these names left their results, but for `own`."""
+    return [folder / name for name in names if name != own]
+
+
 @dataclass(frozen=True)
 class Results:
     """What the scenarios wrote for one engine."""
@@ -50,20 +56,20 @@ class Results:
         return load_file(self.folder / f"{name}.safetensors")
 
 
-def _start_ranks(folder: Path, num_ranks: int) -> list[subprocess.Popen]:
+def start_ranks(command: Sequence[str], num_ranks: int, log_folder: Path | None = None) -> list[subprocess.Popen]:
+    """The same command once for each rank of a group on this machine; ranks log to `log_folder`/rankN.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    size = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
-    command = [sys.executable, "-m", "tests.engine.ranks", str(folder)]
+    size = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             command,
             cwd=ROOT,
             env=os.environ | group | size | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
+            stdout=(log_folder / f"rank{rank}.log").open("w") if log_folder else None,
+            stderr=subprocess.STDOUT if log_folder else None,
         )
         for rank in range(num_ranks)
     ]
@@ -77,6 +83,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = dict(os.environ)
     for name, config in ONE_PROCESS.items():
         scenarios.run_all(config, folder / name)
+    for name, config in ONE_PROCESS.items():
+        scenarios.reshard(scenarios.Bench(config, folder / name), others(folder, name, ONE_PROCESS))
     os.environ.clear()  # DeepSpeed needs RANK and so on in it; whoever is started later must not see them
     os.environ.update(environment)
     return folder
@@ -84,7 +92,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(one_process: Path) -> Path:
-    ranks = _start_ranks(one_process, 2)
+    ranks = start_ranks([sys.executable, "-m", "tests.engine.ranks", str(one_process)], 2, one_process)
     try:
         codes = [rank.wait(TIMEOUT_S) for rank in ranks]
     finally:
@@ -93,6 +101,13 @@ def two_ranks(one_process: Path) -> Path:
             rank.wait()
     logs = "\n".join((one_process / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
     assert codes == [0, 0], logs
+    from tests.engine import scenarios
+
+    environment = dict(os.environ)
+    for name, config in ONE_PROCESS.items():
+        scenarios.reshard(scenarios.Bench(config, one_process / name), others(one_process, name, TWO_RANKS))
+    os.environ.clear()
+    os.environ.update(environment)
     return one_process
 
 

@@ -14,7 +14,7 @@ from llmscale.engine.config import DeepSpeedConfig, SingleConfig
 from llmscale.engine.single import SingleEngine
 from llmscale.errors import ConfigError
 from tests.engine import scenarios
-from tests.engine.conftest import UNSHARDED, ZERO_STAGES, zero_config
+from tests.engine.conftest import ONE_PROCESS, UNSHARDED, ZERO_STAGES, others, zero_config
 from tests.tiny import language_model
 
 
@@ -35,9 +35,12 @@ def refused_engine(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     distributed.join(timeout_s=60)
-    for stage in ZERO_STAGES:
-        own = folder / f"zero{stage}x2"
-        scenarios.run_all(zero_config(stage), own, foreign_checkpoint=folder / f"zero{stage}" / "checkpoint_fp32")
+    benches = {f"zero{stage}x2": zero_config(stage) for stage in ZERO_STAGES}
+    for name, config in benches.items():
+        scenarios.run_all(config, folder / name)
+    distributed.barrier()
+    for name, config in benches.items():
+        scenarios.reshard(scenarios.Bench(config, folder / name), others(folder, name, [*ONE_PROCESS, *benches]))
     sharding(zero_config(3), folder / "zero3x2")
     scenarios.train_in_bf16(scenarios.Bench(DeepSpeedConfig(zero_stage=3), folder / UNSHARDED))
     refused_engine(folder / "zero3x2")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from tests.tiny import language_model, packed, scalar_model, token_examples, tok
 LANGUAGE, RANKING = CausalLM(CausalLMConfig()), Ranking(RankingConfig())
 LENGTHS = [9, 4, 12, 7, 3, 15, 8]
 NUM_STEPS, SAVED_AT = 20, 8
+NUM_RESHARDED = 4  # steps of another engine than that which wrote the checkpoint
 BUCKET_BYTES = 5000
 NUM_SAID = 6  # tokens
 
@@ -127,26 +129,32 @@ def train_in_bf16(bench: Bench) -> None:
     train_and_resume(bench, "bf16", 8, 4, optim=replace(TRAIN, lr=1e-2), precision=Precision.bf16)
 
 
-def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **settings: Any) -> None:
-    def batches(step: int) -> list[Batch]:
-        return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step % 4))
+def batches_of(step: int) -> list[Batch]:
+    return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step % 4))
 
+
+def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **settings: Any) -> None:
     checkpoint = bench.folder / f"checkpoint_{name}"
     checkpoint.mkdir(exist_ok=True)
     engine, metrics = bench.engine(**settings), []
     for step in range(num_steps):
-        metrics.append(engine.step(batches(step), LANGUAGE))
+        metrics.append(engine.step(batches_of(step), LANGUAGE))
         if engine.num_steps == saved_at:
-            engine.snapshot()(checkpoint)
+            writing = Thread(target=engine.snapshot(), args=(checkpoint,))
+            if name == "bf16":
+                writing.start()  # while training goes on; in the others when it is over
+    if name != "bf16":
+        writing.start()
+    writing.join()
     bench.keep(name, metrics, engine)
-    look_at_average(bench, f"{name}_average", engine, batches(0))
+    look_at_average(bench, f"{name}_average", engine, batches_of(0))
     distributed.barrier()
     resumed = bench.engine(language_model(seed=9), **settings)
     resumed.load(checkpoint)
     start = resumed.num_steps
-    again = [resumed.step(batches(step), LANGUAGE) for step in range(start, num_steps)]
+    again = [resumed.step(batches_of(step), LANGUAGE) for step in range(start, num_steps)]
     bench.keep(f"{name}_resumed", {"start": start, "metrics": again}, resumed)
-    look_at_average(bench, f"{name}_resumed_average", resumed, batches(0))
+    look_at_average(bench, f"{name}_resumed_average", resumed, batches_of(0))
 
 
 def look_at_average(bench: Bench, name: str, engine: TrainEngine, batches: list[Batch]) -> None:
@@ -157,6 +165,18 @@ def look_at_average(bench: Bench, name: str, engine: TrainEngine, batches: list[
         numbers["inside"] = engine.evaluate(batches, LANGUAGE)["loss"]
         bench.keep(name, numbers, engine)
     bench.keep(f"{name}_left", {}, engine)
+
+
+def reshard(bench: Bench, sources: Sequence[Path]) -> None:
+    """Take up what other engines wrote, write it again, and train on."""
+    for source in sources:
+        engine, again = bench.engine(language_model(seed=9), TRAIN), bench.folder / f"from_{source.name}"
+        engine.load(source / "checkpoint_fp32")
+        again.mkdir(exist_ok=True)
+        engine.snapshot()(again)
+        start = engine.num_steps
+        metrics = [engine.step(batches_of(step), LANGUAGE) for step in range(start, start + NUM_RESHARDED)]
+        bench.keep(again.name, {"start": start, "metrics": metrics}, engine)
 
 
 def looking(bench: Bench) -> None:
@@ -228,19 +248,15 @@ class Broken(CausalLM):
         return LossSums({name: term * factor for name, term in sums.terms.items()})
 
 
-def failing(bench: Bench, foreign_checkpoint: Path | None) -> None:
-    """What each rank is told when something is wrong."""
+def failing(bench: Bench) -> None:
+    """What each rank is told when the loss is not a number."""
     broken = bench.engine()
     batches = language_batches(SPLITS["whole"], token_examples(LENGTHS))
-    faults: dict[str, Callable[[], Any]] = {"nan": lambda: broken.step(batches, Broken(CausalLMConfig()))}
-    if foreign_checkpoint is not None:
-        faults["foreign_checkpoint"] = lambda: bench.engine().load(foreign_checkpoint)
     told = {}
-    for name, fault in faults.items():
-        try:
-            fault()
-        except LlmscaleError as error:
-            told[name] = [type(error).__name__, str(error)]
+    try:
+        broken.step(batches, Broken(CausalLMConfig()))
+    except LlmscaleError as error:
+        told["nan"] = [type(error).__name__, str(error)]
     bench.keep("failing", told)
 
 
@@ -283,8 +299,7 @@ def refusal_batches(step: int) -> list[Batch]:
     return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step))
 
 
-def run_all(config: EngineConfig, folder: Path, foreign_checkpoint: Path | None = None) -> None:
+def run_all(config: EngineConfig, folder: Path) -> None:
     bench = Bench(config, folder)
-    for scenario in (one_step, training, looking, two_at_once, leaving, refusing):
+    for scenario in (one_step, training, looking, two_at_once, leaving, refusing, failing):
         scenario(bench)
-    failing(bench, foreign_checkpoint)

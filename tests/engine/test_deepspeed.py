@@ -8,21 +8,9 @@ import pytest
 
 from llmscale.config import check
 from llmscale.engine.config import OWNED, DeepSpeedConfig, Precision
-from llmscale.errors import CheckpointError, ConfigError
+from llmscale.errors import ConfigError
 from llmscale.optim.config import OptimConfig
-from tests.engine.conftest import ZERO_STAGES, Results, zero_config
-
-
-@pytest.mark.parametrize("stage", ZERO_STAGES)
-def test_a_checkpoint_of_more_ranks_is_refused(two_ranks: Path, stage: int):
-    from tests.engine.scenarios import Bench
-
-    engine = Bench(zero_config(stage), two_ranks / "refused").engine()
-    checkpoint = two_ranks / f"zero{stage}x2" / "checkpoint_fp32"
-    with pytest.raises(CheckpointError, match="written by 2 ranks, the run now has 1") as caught:
-        engine.load(checkpoint)
-    assert caught.value.where == str(checkpoint) and caught.value.fix == "Resume with 2 ranks."
-    assert engine.num_steps == 0
+from tests.engine.conftest import Results
 
 
 def test_stage_3_shards_the_weights(two_ranks: Path):
@@ -42,10 +30,10 @@ def test_overrides_are_merged_under_what_is_typed():
 
     overrides = {"zero_optimization": {"reduce_bucket_size": 123}, "wall_clock_breakdown": True}
     config = DeepSpeedConfig(zero_stage=1, overrides=overrides, precision=Precision.bf16)
-    merged = deepspeed_json(config, OptimConfig(grad_clip=0.7), world_size=4, num_parameters=1000)
+    merged = deepspeed_json(config, OptimConfig(grad_clip=0.7), num_parameters=1000)
     assert merged["zero_optimization"] == {"reduce_bucket_size": 123, "stage": 1}
     assert merged["wall_clock_breakdown"] is True and merged["bf16"] == {"enabled": True}
-    assert merged["gradient_clipping"] == 0.7 and merged["train_batch_size"] == 4
+    assert merged["gradient_clipping"] == 0.7
     assert overrides == {"zero_optimization": {"reduce_bucket_size": 123}, "wall_clock_breakdown": True}
 
 

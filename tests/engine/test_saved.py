@@ -37,10 +37,6 @@ def saved(checkpoint: Path, new_model: Callable[[], nn.Module]) -> dict[str, Ten
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_engine_saves_the_weights_of_the_reference(results: Results, single: Results, precision: str):
-    if results.folder.name.startswith("zero1") and precision == "bf16":
-        with pytest.raises(CheckpointError, match="DeepSpeed finds no weights"):
-            saved(results.folder / f"checkpoint_{precision}", language_model)
-        return
     expected = saved(single.folder / f"checkpoint_{precision}", language_model)
     weights = saved(results.folder / f"checkpoint_{precision}", language_model)
     assert list(weights) == [name for name, _ in language_model().named_parameters()]
@@ -99,7 +95,10 @@ print(peak_mb() - before)
 
 
 def test_a_bucket_is_all_that_is_read_at_a_time(tmp_path: Path):
-    save_file({f"{i}.weight": torch.ones(1 << 10, 1 << 10) for i in range(32)}, tmp_path / "model.safetensors")
+    held = {f"{i}.weight|weight": torch.ones(1 << 20) for i in range(32)}
+    said = {f"{i}.weight": {"shape": [1 << 10, 1 << 10], "start": 0, "numbers": {}} for i in range(32)}
+    metadata = {"num_steps": "1", "parameters": json.dumps(said)}
+    save_file(held, tmp_path / "state-00000-of-00001.safetensors", metadata)
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout) < 64, done.stderr  # MiB, of 128

@@ -80,7 +80,7 @@ def test_a_broken_checkpoint_is_passed_over_and_named(chain: Path, tmp_path: Pat
     run_dir = tmp_path / "demo" / "sft"
     kill_when(lambda: (run_dir / "checkpoints" / "step-000004").exists(), argv, tmp_path / "log")
     newest = max((run_dir / "checkpoints").glob("step-*"))
-    model = newest / "model.safetensors"
+    model = next(newest.glob("state-*.safetensors"))
     model.write_bytes(model.read_bytes()[:-1])
     succeed(argv, tmp_path / "log")
     skipped = [e for e in records(run_dir / "events.jsonl") if e["kind"] == "checkpoint_skipped"]

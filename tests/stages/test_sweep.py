@@ -107,32 +107,33 @@ def test_a_job_that_fails_stops_no_other_and_the_same_command_resumes(ground: Pa
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_resumes(ground: Path) -> None:
-    argv = [*PRETRAIN, "run.seed=0,1", "data.train=a.jsonl", "tracking.wandb=disabled", "training.save_every_steps=2"]
-    argv += ["training.num_steps=200"]
+    argv = [*PRETRAIN, "run.seed=0,1", "data.train=a.jsonl", "tracking.wandb=disabled", "training.save_every_steps=4"]
+    argv += ["training.num_steps=100"]
     first, second = (ground / f"runs/trial/seed={seed}/pretrain" for seed in (0, 1))
 
     sweep = start(ground, *argv)
-    wait_until(lambda: num_lines(first / "metrics.jsonl") >= 3, sweep)
+    wait_until(lambda: any(first.glob("checkpoints/step-*")), sweep)
     holder = int((first / ".lock").read_text().split()[1])
     sweep.kill()
     sweep.communicate()
     wait_until(lambda: not is_running(holder))  # a job does not outlive its sweep
     assert not (first / "result.json").exists()
 
-    at = num_lines(first / "metrics.jsonl")
-    sweep = start(ground, *argv)
-    wait_until(lambda: num_lines(first / "metrics.jsonl") >= at + 3, sweep)
-    sweep.send_signal(signal.SIGINT)  # to the sweep alone
-    printed, _ = sweep.communicate(timeout=DEADLINE_S)
-    assert sweep.returncode == 130
-    assert "stopped at job 1/2; the same command resumes" in printed
-    assert [job["status"] for job in jobs_of(ground)] == ["interrupted", "not run"]
-    assert not second.exists()
+    for how, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+        at = num_lines(first / "metrics.jsonl")
+        sweep = start(ground, *argv)
+        wait_until(lambda at=at: num_lines(first / "metrics.jsonl") >= at + 3, sweep)
+        sweep.send_signal(how)  # to the sweep alone
+        printed, _ = sweep.communicate(timeout=DEADLINE_S)
+        assert sweep.returncode == expected, printed
+        assert "stopped at job 1/2; the same command resumes" in printed
+        assert [job["status"] for job in jobs_of(ground)] == ["interrupted", "not run"]
+        assert not second.exists()
 
     code, printed = llmscale(ground, *argv)
     assert code == 0, printed
     kinds = [event["kind"] for event in records(first / "events.jsonl")]
-    assert kinds.count("started") == 1 and kinds.count("resumed") == 2
+    assert kinds.count("started") == 1 and kinds.count("resumed") == 3
     assert [job["status"] for job in jobs_of(ground)] == ["done", "done"]
     (over_seeds,) = json.loads((ground / "runs/trial/sweep.json").read_text())["over_seeds"]
     assert over_seeds["metrics"]["pretrain"]["train/loss"]["n"] == 2
