@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmscale.engine.accounting import parameter_buckets
 from llmscale.engine.averaging import NAME as AVERAGE
+from llmscale.engine.state import Part
 from llmscale.errors import CheckpointError
 
 Weights = Mapping[str, Callable[[], Tensor]]  # name -> reads it
@@ -50,7 +51,11 @@ def _other_model(directory: Path, what: str) -> CheckpointError:
 
 
 def _open(directory: Path, opened: ExitStack) -> Weights:
-    return _joined([opened.enter_context(_reader(path)) for path in sorted(directory.glob("state-*"))])
+    paths = sorted(directory.glob("state-*"))
+    if any(part.num_shards > 1 for path in paths if (part := Part.of_file(path))):
+        what = "its ranks shared matrices (engine.tensor_parallel_size), and only their engine joins them"
+        raise CheckpointError(what, where=str(directory), fix="Let the run end: it writes the model itself.")
+    return _joined([opened.enter_context(_reader(path)) for path in paths])
 
 
 def _reader(path: Path) -> Any:

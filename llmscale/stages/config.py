@@ -82,19 +82,19 @@ class SupervisedConfig(StageConfig):
             yield "model.path", f"{self.stage} starts from a model", "Name a run directory, a folder or a hub name."
 
 
-@option(STAGE, "pretrain", builds="llmscale.stages.supervised:run")
+@option(STAGE, "pretrain", builds="llmscale.stages.supervised_run:run")
 @dataclass
 class PretrainConfig(SupervisedConfig):
     stage: str = "pretrain"
 
 
-@option(STAGE, "sft", builds="llmscale.stages.supervised:run")
+@option(STAGE, "sft", builds="llmscale.stages.supervised_run:run")
 @dataclass
 class SFTConfig(SupervisedConfig):
     stage: str = "sft"
 
 
-@option(STAGE, "reward", builds="llmscale.stages.supervised:run")
+@option(STAGE, "reward", builds="llmscale.stages.supervised_run:run")
 @dataclass
 class RewardStageConfig(SupervisedConfig):
     stage: str = "reward"

@@ -1,5 +1,5 @@
-"""Pretraining, SFT and reward modelling: tokens come from a file. One SPMD function of the frozen config; it runs in this
-process, in a pool of Ray actors, or on the ranks that torchrun or srun started.
+"""Pretraining, SFT and reward modelling: tokens come from a file. One rank of it, the same wherever it runs; how ranks are
+started is in `supervised_run.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,16 @@ from llmscale.batch import Batch
 from llmscale.checkpoint.background import AsyncSaver, Saved
 from llmscale.checkpoint.commit import CheckpointStore
 from llmscale.checkpoint.durable import commit_directory
-from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id, wait_for_writer
+from llmscale.checkpoint.run_directory import run_id
 from llmscale.checkpoint.run_state import RunState
-from llmscale.cluster.pool import opened_pools
-from llmscale.config import build, load, to_dict
+from llmscale.config import build, to_dict
 from llmscale.data.batching import Prefetcher, TokenBudget
 from llmscale.data.examples import Examples
 from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
 from llmscale.data.text import read_texts
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.engine.config import Precision
-from llmscale.errors import ConfigError, Requeue, WorkerLostError
+from llmscale.errors import ConfigError, Requeue
 from llmscale.models.flops import flops_per_token, peak_flops
 from llmscale.models.loading import (
     Model,
@@ -47,16 +44,14 @@ from llmscale.phases import phase
 from llmscale.protocols import Tracker
 from llmscale.stages.config import SupervisedConfig, check_context
 from llmscale.tracking.composite import NullTracker, open_trackers
-from llmscale.tracking.console import ConsoleTracker
-from llmscale.tracking.follow import following
-from llmscale.tracking.jsonl import append_event, last_metrics
+from llmscale.tracking.jsonl import last_metrics
 from llmscale.training.guard import Guard
 from llmscale.training.loop import Hook, Metrics, train
-from llmscale.training.stop import FILE as STOP
 from llmscale.training.stop import StopRequest, signals
 from llmscale.training.validation import Validation
-from llmscale.training.watchdog import Watchdog, forget, last_words
+from llmscale.training.watchdog import Watchdog
 
+ROLE = "trainer"
 PATIENCE_S = 3600.0  # longest wait for what one rank does for all: train a tokenizer, write or verify a checkpoint
 LOADERS: dict[str, Callable[..., Split[Any]]] = {
     "pretrain": load_text,
@@ -314,100 +309,6 @@ class SupervisedRun:
             resume_step=self.engine.num_steps or -1,
             run_config=to_dict(self.config),
         )
-
-
-def run(config: SupervisedConfig) -> dict[str, Any] | None:
-    """Start, resume, or return what a finished run found. Ranks that torchrun or srun started all come here; rank 0 opens
-    the run, tells the others what came of it, and returns the result."""
-    world = distributed.join(config.cluster.collective_timeout_s)
-    if not world.is_main:
-        (outcome,) = distributed.gather([])
-        if outcome == TRAIN:
-            train_here(config, config.run_dir)
-        return None
-    with ExitStack() as opened:
-        outcome = "refused"
-        try:
-            directory = opened.enter_context(closing(open_run(config.run_dir, config)))
-            finished = directory.result()
-            outcome = TRAIN if finished is None else "finished"
-            (config.run_dir / STOP).unlink(missing_ok=True)  # it asked an earlier attempt
-        finally:
-            distributed.gather([outcome])
-        if finished is None:
-            in_ray = world.size == 1 and (config.cluster.trainer.num_workers > 1 or config.cluster.address is not None)
-            finished = train_on_ray(config, directory) if in_ray else train_here(config, directory.path)
-            directory.finish(finished)
-        return finished
-
-
-TRAIN = "train"
-ROLE = "trainer"
-
-
-def train_here(config: SupervisedConfig, run_dir: Path) -> dict[str, Any]:
-    with distributed.explaining_losses(ROLE):
-        return SupervisedRun(config, run_dir).train()
-
-
-class TrainerRole:
-    """One rank of a supervised stage in a Ray actor."""
-
-    def __init__(self, config_file: str, run_dir: str):
-        config: SupervisedConfig = load(Path(config_file))
-        if distributed.world_from_environment().is_main:
-            self.lock = wait_for_writer(Path(run_dir), config.cluster.start_timeout_s)
-        with distributed.explaining_losses(ROLE):
-            self.run = SupervisedRun(config, Path(run_dir))
-
-    def num_steps(self) -> int:
-        return self.run.num_steps
-
-    def train(self) -> dict[str, Any]:
-        with distributed.explaining_losses(ROLE):
-            return self.run.train()
-
-
-def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
-    """Train in a pool of ranks; when one of them dies, in another pool from the last checkpoint on."""
-    for restarts_left in reversed(range(config.cluster.max_restarts + 1)):
-        try:
-            return train_in_pool(config, directory)
-        except WorkerLostError as error:
-            if signals.received:  # whoever ends the whole job may have signalled the ranks too
-                raise KeyboardInterrupt from error
-            said = last_words(directory.path, config.cluster.trainer.num_workers)
-            cause = {"where": error.where, "why": error.what, "said": said or error.fix}
-            append_event(directory.path, "worker_lost", **cause, restarts_left=restarts_left)
-            print(f"{config.stage}: {error.where}: {error.what}; {said or error.fix}", file=sys.stderr, flush=True)
-            if not restarts_left:
-                raise
-    raise AssertionError
-
-
-def train_in_pool(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
-    """Start a pool of ranks and show what rank 0 writes into the run directory."""
-    run_dir = directory.path.resolve()
-    forget(run_dir)
-    roles = {ROLE: partial(TrainerRole, str(run_dir / "config.yaml"), str(run_dir))}
-    with opened_pools(config.cluster, roles, directory.attempt_dir) as pools:
-        total_steps = pools[ROLE].call(TrainerRole.num_steps).wait()[0]
-        console = ConsoleTracker(config.tracking.console_every_s, title=config.stage, total_steps=total_steps)
-        status = "failed"
-        try:
-            with following(run_dir, console), signals.deferred(run_dir / STOP):
-                result = pools[ROLE].call(TrainerRole.train).wait()[0]
-            status = "done"
-        except Requeue:
-            status = "stopped"
-            raise
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            if status not in ("done", "stopped"):  # else rank 0 has said so itself
-                console.finish(status)
-        return result
 
 
 def prepare_tokenizer(config: SupervisedConfig, run_dir: Path, barrier: Callable[[], None]) -> Any:

@@ -16,21 +16,39 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmscale.engine.config import DeepSpeedConfig, EngineConfig, SingleConfig
+from llmscale.engine.config import DeepSpeedConfig, EngineConfig, Offload, SingleConfig
 
 ROOT = Path(__file__).parents[2]
 ZERO_STAGES = (1, 2, 3)
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
-def zero_config(stage: int) -> DeepSpeedConfig:
+def zero_config(stage: int, **settings: Any) -> DeepSpeedConfig:
     """A threshold of 0 makes stage 3 shard weights as small as these."""
     overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    return DeepSpeedConfig(zero_stage=stage, overrides=overrides if stage == 3 else {})
+    return DeepSpeedConfig(zero_stage=stage, overrides=overrides if stage == 3 else {}, **settings)
 
 
 ONE_PROCESS: dict[str, EngineConfig] = {"single": SingleConfig()} | {f"zero{s}": zero_config(s) for s in ZERO_STAGES}
-TWO_RANKS = [f"zero{s}x2" for s in ZERO_STAGES]
+TWO_RANKS: dict[str, DeepSpeedConfig] = {f"zero{s}x2": zero_config(s) for s in ZERO_STAGES} | {
+    "sequence": zero_config(3, sequence_parallel_size=2),
+    "tensor": zero_config(2, tensor_parallel_size=2),
+}
+RESHARDED = [*ONE_PROCESS, *(name for name, c in TWO_RANKS.items() if c.tensor_parallel_size == 1)]
+# Put through less: one step, and some more after a checkpoint.
+VARIANTS: dict[str, DeepSpeedConfig] = {
+    f"zero{stage}_offload": zero_config(stage, offload_optimizer=Offload.cpu) for stage in ZERO_STAGES
+} | {
+    "zero3_offload_parameters": zero_config(3, offload_parameters=Offload.cpu),
+    "zero3_offload_both": zero_config(3, offload_parameters=Offload.cpu, offload_optimizer=Offload.cpu),
+    "zero1_sequence": zero_config(1, sequence_parallel_size=2),
+    "zero2_sequence_offload": zero_config(2, sequence_parallel_size=2, offload_optimizer=Offload.cpu),
+    "zero1_tensor": zero_config(1, tensor_parallel_size=2),
+    "zero3_tensor": zero_config(3, tensor_parallel_size=2),
+    "zero3_tensor_offload": zero_config(
+        3, tensor_parallel_size=2, offload_parameters=Offload.cpu, offload_optimizer=Offload.cpu
+    ),
+}
 UNSHARDED = "zero3_unshardedx2"  # stage 3 that keeps weights as small as these whole, as it does by itself
 
 
@@ -47,7 +65,13 @@ class Results:
 
     @property
     def num_ranks(self) -> int:
-        return 2 if self.folder.name in TWO_RANKS else 1
+        return 1 if self.folder.name in ONE_PROCESS else 2
+
+    @property
+    def num_shards(self) -> int:
+        """How many ranks have examples of their own."""
+        name = self.folder.name
+        return 1 if name in ONE_PROCESS else (TWO_RANKS | VARIANTS)[name].data_shard(0, 2)[1]
 
     def numbers(self, name: str, rank: int = 0) -> Any:
         return json.loads((self.folder / f"{name}.{rank}.json").read_text())
@@ -92,6 +116,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(one_process: Path) -> Path:
+    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     ranks = start_ranks([sys.executable, "-m", "tests.engine.ranks", str(one_process)], 2, one_process)
     try:
         codes = [rank.wait(TIMEOUT_S) for rank in ranks]
@@ -101,11 +126,13 @@ def two_ranks(one_process: Path) -> Path:
             rank.wait()
     logs = "\n".join((one_process / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
     assert codes == [0, 0], logs
+    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= before, "DeepSpeed's files stay behind"
     from tests.engine import scenarios
 
     environment = dict(os.environ)
     for name, config in ONE_PROCESS.items():
-        scenarios.reshard(scenarios.Bench(config, one_process / name), others(one_process, name, TWO_RANKS))
+        written = [source for source in RESHARDED if source in TWO_RANKS]
+        scenarios.reshard(scenarios.Bench(config, one_process / name), others(one_process, name, written))
     os.environ.clear()
     os.environ.update(environment)
     return one_process

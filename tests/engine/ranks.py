@@ -14,7 +14,7 @@ from llmscale.engine.config import DeepSpeedConfig, SingleConfig
 from llmscale.engine.single import SingleEngine
 from llmscale.errors import ConfigError
 from tests.engine import scenarios
-from tests.engine.conftest import ONE_PROCESS, UNSHARDED, ZERO_STAGES, others, zero_config
+from tests.engine.conftest import RESHARDED, TWO_RANKS, UNSHARDED, VARIANTS, others, zero_config
 from tests.tiny import language_model
 
 
@@ -33,17 +33,23 @@ def refused_engine(folder: Path) -> None:
         (folder / f"single.{distributed.rank()}.json").write_text(json.dumps(str(error)))
 
 
+def run(folder: Path, *, tensor_parallel: bool) -> None:
+    for name, config in (TWO_RANKS | VARIANTS).items():
+        if (config.tensor_parallel_size > 1) == tensor_parallel:
+            (scenarios.run_all if name in TWO_RANKS else scenarios.run_some)(config, folder / name)
+
+
 def main(folder: Path) -> None:
     distributed.join(timeout_s=60)
-    benches = {f"zero{stage}x2": zero_config(stage) for stage in ZERO_STAGES}
-    for name, config in benches.items():
-        scenarios.run_all(config, folder / name)
+    run(folder, tensor_parallel=False)
     distributed.barrier()
-    for name, config in benches.items():
-        scenarios.reshard(scenarios.Bench(config, folder / name), others(folder, name, [*ONE_PROCESS, *benches]))
+    for name in RESHARDED:
+        if name in TWO_RANKS:
+            scenarios.reshard(scenarios.Bench(TWO_RANKS[name], folder / name), others(folder, name, RESHARDED))
     sharding(zero_config(3), folder / "zero3x2")
     scenarios.train_in_bf16(scenarios.Bench(DeepSpeedConfig(zero_stage=3), folder / UNSHARDED))
     refused_engine(folder / "zero3x2")
+    run(folder, tensor_parallel=True)  # last: DeepSpeed keeps such groups for the rest of the process
     torch.distributed.destroy_process_group()
 
 

@@ -34,7 +34,8 @@ from tests.tiny import language_model, packed, scalar_model, token_examples, tok
 LANGUAGE, RANKING = CausalLM(CausalLMConfig()), Ranking(RankingConfig())
 LENGTHS = [9, 4, 12, 7, 3, 15, 8]
 NUM_STEPS, SAVED_AT = 20, 8
-NUM_RESHARDED = 4  # steps of another engine than that which wrote the checkpoint
+SHORT = 4, 2  # the same of engines that are put through less
+NUM_RESHARDED = 3  # steps of another engine than that which wrote the checkpoint
 BUCKET_BYTES = 5000
 NUM_SAID = 6  # tokens
 
@@ -45,31 +46,32 @@ TRAIN = OptimConfig(lr=2e-3, grad_clip=0.5, warmup_steps=3, ema_decay=0.9)
 # Lion turns a gradient of rounding errors into a whole step: a small one keeps that below the tolerances.
 LION = replace(TRAIN, optimizer=Optimizer.lion, lr=2e-4)
 
-Split = Callable[[Sequence[Any]], list[list[Any]]]
+Shard = tuple[int, int]  # which, and of how many
+Split = Callable[[Sequence[Any], Shard], list[list[Any]]]
 
 
-def own(examples: Sequence[Any]) -> list[Any]:
-    return list(examples[distributed.rank() :: distributed.world_size()])
+def own(examples: Sequence[Any], shard: Shard) -> list[Any]:
+    return list(examples[shard[0] :: shard[1]])
 
 
 def chunks(examples: Sequence[Any], size: int) -> list[list[Any]]:
     return [list(examples[i : i + size]) for i in range(0, len(examples), size)]
 
 
-def one_rank_has_all(examples: Sequence[Any]) -> list[list[Any]]:
-    return chunks(examples, 2) if distributed.rank() == 0 else []
+def one_rank_has_all(examples: Sequence[Any], shard: Shard) -> list[list[Any]]:
+    return chunks(examples, 2) if shard[0] == 0 else []
 
 
-def the_last_rank_has_most(examples: Sequence[Any]) -> list[list[Any]]:
-    last = distributed.rank() == distributed.world_size() - 1
-    return chunks(examples[distributed.world_size() - 1 :], 1) if last else [[examples[distributed.rank()]]]
+def the_last_rank_has_most(examples: Sequence[Any], shard: Shard) -> list[list[Any]]:
+    index, last = shard[0], shard[1] - 1
+    return chunks(examples[last:], 1) if index == last else [[examples[index]]]
 
 
 SPLITS: dict[str, Split] = {
-    "whole": lambda examples: [own(examples)],
-    "ones": lambda examples: chunks(own(examples), 1),
-    "threes": lambda examples: chunks(own(examples), 3),
-    "packed": lambda examples: [[packed(own(examples))]],
+    "whole": lambda examples, shard: [own(examples, shard)],
+    "ones": lambda examples, shard: chunks(own(examples, shard), 1),
+    "threes": lambda examples, shard: chunks(own(examples, shard), 3),
+    "packed": lambda examples, shard: [[packed(own(examples, shard))]],
     "one_rank_has_all": one_rank_has_all,
     "the_last_rank_has_most": the_last_rank_has_most,
 }
@@ -80,6 +82,7 @@ class Bench:
 
     def __init__(self, config: EngineConfig, folder: Path):
         self.config, self.folder = config, folder
+        self.shard = config.data_shard(distributed.rank(), distributed.world_size())
         folder.mkdir(parents=True, exist_ok=True)
 
     def engine(self, model: Model | None = None, optim: OptimConfig = PROBE, **settings: Any) -> TrainEngine:
@@ -100,16 +103,16 @@ def all_weights(engine: TrainEngine) -> dict[str, Tensor]:
     return weights
 
 
-def language_batches(split: Split, examples: Sequence[TokenExample]) -> list[Batch]:
-    return [LANGUAGE.prepare(part) for part in split(examples)]
+def language_batches(bench: Bench, split: str, examples: Sequence[TokenExample]) -> list[Batch]:
+    return [LANGUAGE.prepare(part) for part in SPLITS[split](examples, bench.shard)]
 
 
 def one_step(bench: Bench) -> None:
     """The same seven documents, split in every way."""
-    for name, split in SPLITS.items():
+    for name in SPLITS:
         engine = bench.engine()
-        bench.keep(name, engine.step(language_batches(split, token_examples(LENGTHS)), LANGUAGE), engine)
-    batches = language_batches(SPLITS["threes"], token_examples(LENGTHS))
+        bench.keep(name, engine.step(language_batches(bench, name, token_examples(LENGTHS)), LANGUAGE), engine)
+    batches = language_batches(bench, "threes", token_examples(LENGTHS))
     variants = {
         "recomputed": bench.engine(activation_checkpointing=True),
         "unclipped": bench.engine(optim=replace(PROBE, grad_clip=0.0)),
@@ -129,8 +132,8 @@ def train_in_bf16(bench: Bench) -> None:
     train_and_resume(bench, "bf16", 8, 4, optim=replace(TRAIN, lr=1e-2), precision=Precision.bf16)
 
 
-def batches_of(step: int) -> list[Batch]:
-    return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step % 4))
+def batches_of(bench: Bench, step: int) -> list[Batch]:
+    return language_batches(bench, "threes", token_examples(LENGTHS, seed=step % 4))
 
 
 def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **settings: Any) -> None:
@@ -138,7 +141,7 @@ def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **s
     checkpoint.mkdir(exist_ok=True)
     engine, metrics = bench.engine(**settings), []
     for step in range(num_steps):
-        metrics.append(engine.step(batches_of(step), LANGUAGE))
+        metrics.append(engine.step(batches_of(bench, step), LANGUAGE))
         if engine.num_steps == saved_at:
             writing = Thread(target=engine.snapshot(), args=(checkpoint,))
             if name == "bf16":
@@ -147,14 +150,14 @@ def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **s
         writing.start()
     writing.join()
     bench.keep(name, metrics, engine)
-    look_at_average(bench, f"{name}_average", engine, batches_of(0))
+    look_at_average(bench, f"{name}_average", engine, batches_of(bench, 0))
     distributed.barrier()
     resumed = bench.engine(language_model(seed=9), **settings)
     resumed.load(checkpoint)
     start = resumed.num_steps
-    again = [resumed.step(batches_of(step), LANGUAGE) for step in range(start, num_steps)]
+    again = [resumed.step(batches_of(bench, step), LANGUAGE) for step in range(start, num_steps)]
     bench.keep(f"{name}_resumed", {"start": start, "metrics": again}, resumed)
-    look_at_average(bench, f"{name}_resumed_average", resumed, batches_of(0))
+    look_at_average(bench, f"{name}_resumed_average", resumed, batches_of(bench, 0))
 
 
 def look_at_average(bench: Bench, name: str, engine: TrainEngine, batches: list[Batch]) -> None:
@@ -175,7 +178,7 @@ def reshard(bench: Bench, sources: Sequence[Path]) -> None:
         again.mkdir(exist_ok=True)
         engine.snapshot()(again)
         start = engine.num_steps
-        metrics = [engine.step(batches_of(step), LANGUAGE) for step in range(start, start + NUM_RESHARDED)]
+        metrics = [engine.step(batches_of(bench, step), LANGUAGE) for step in range(start, start + NUM_RESHARDED)]
         bench.keep(again.name, {"start": start, "metrics": metrics}, engine)
 
 
@@ -184,14 +187,14 @@ def looking(bench: Bench) -> None:
     engine = bench.engine(optim=TRAIN)
     examples = token_examples(LENGTHS)
     evaluated = [
-        engine.evaluate(language_batches(SPLITS[name], examples), LANGUAGE) for name in ("whole", "one_rank_has_all")
+        engine.evaluate(language_batches(bench, name, examples), LANGUAGE) for name in ("whole", "one_rank_has_all")
     ]
-    start = 0 if distributed.rank() == 0 else 1
-    indexes = list(range(start, 1 + 3 * distributed.rank()))
+    shard = bench.shard[0]
+    indexes = list(range(0 if shard == 0 else 1, 1 + 3 * shard))
     parts = [Batch(token_tensors([examples[i].token_ids])) for i in indexes]
     outputs = engine.forward(parts, lambda f, b: {"out": token_logprobs(f(b), b["input_ids"])})
     logprobs = {i: output["out"][0].tolist() for i, output in zip(indexes, outputs, strict=True)}
-    nothing = engine.forward(parts if distributed.rank() == 0 else [], lambda f, b: {"out": f(b)})
+    nothing = engine.forward(parts if shard == 0 else [], lambda f, b: {"out": f(b)})
     bench.keep("looking", {"evaluated": evaluated, "logprobs": logprobs, "num_outputs": len(nothing)}, engine)
 
 
@@ -202,8 +205,8 @@ def two_at_once(bench: Bench) -> None:
     ]
     policy, critic = bench.engine(), bench.engine(scalar_model())
     for _ in range(2):
-        said = policy.step(language_batches(SPLITS["whole"], token_examples(LENGTHS)), LANGUAGE)
-        judged = critic.step([RANKING.prepare(part) for part in one_rank_has_all(ranked)], RANKING)
+        said = policy.step(language_batches(bench, "whole", token_examples(LENGTHS)), LANGUAGE)
+        judged = critic.step([RANKING.prepare(part) for part in one_rank_has_all(ranked, bench.shard)], RANKING)
     bench.keep("policy", said, policy)
     bench.keep("critic", judged, critic)
 
@@ -212,7 +215,7 @@ def leaving(bench: Bench) -> None:
     """Weights as they leave an engine: packed for rollouts, and as a Hugging Face folder."""
     for tie in (True, False):
         engine = bench.engine(language_model(tie=tie))
-        engine.step(language_batches(SPLITS["whole"], token_examples(LENGTHS)), LANGUAGE)
+        engine.step(language_batches(bench, "whole", token_examples(LENGTHS)), LANGUAGE)
         publish(bench, engine, tie)
         ids = torch.tensor([[3, 1, 4], [1, 5, 9]])
         for _ in range(NUM_SAID):
@@ -251,7 +254,7 @@ class Broken(CausalLM):
 def failing(bench: Bench) -> None:
     """What each rank is told when the loss is not a number."""
     broken = bench.engine()
-    batches = language_batches(SPLITS["whole"], token_examples(LENGTHS))
+    batches = language_batches(bench, "whole", token_examples(LENGTHS))
     told = {}
     try:
         broken.step(batches, Broken(CausalLMConfig()))
@@ -266,14 +269,14 @@ def refusing(bench: Bench) -> None:
         settings: dict[str, Any] = {"optim": TRAIN, "precision": Precision[precision]}
         for name, objective in {"spike": LANGUAGE, "nan": Broken(CausalLMConfig())}.items():
             engine, asked = bench.engine(**settings), []
-            metrics = [engine.step(refusal_batches(0), LANGUAGE)]
-            engine.step(refusal_batches(1), objective, lambda m, asked=asked: bool(asked.append(dict(m))))
-            metrics.append(engine.step(refusal_batches(2), LANGUAGE))
+            metrics = [engine.step(refusal_batches(bench, 0), LANGUAGE)]
+            engine.step(refusal_batches(bench, 1), objective, lambda m, asked=asked: bool(asked.append(dict(m))))
+            metrics.append(engine.step(refusal_batches(bench, 2), LANGUAGE))
             bench.keep(f"{precision}_{name}", {"metrics": metrics, "asked": asked}, engine)
         passed_over = bench.engine(**settings)
-        metrics = [passed_over.step(refusal_batches(0), LANGUAGE)]
+        metrics = [passed_over.step(refusal_batches(bench, 0), LANGUAGE)]
         passed_over.num_steps += 1
-        metrics.append(passed_over.step(refusal_batches(2), LANGUAGE))
+        metrics.append(passed_over.step(refusal_batches(bench, 2), LANGUAGE))
         bench.keep(f"{precision}_passed_over", {"metrics": metrics}, passed_over)
         roll_back(bench, precision, settings)
 
@@ -284,22 +287,30 @@ def roll_back(bench: Bench, precision: str, settings: dict[str, Any]) -> None:
     checkpoint.mkdir(exist_ok=True)
     for name in ("rolled_back", "straight"):
         engine = bench.engine(**settings)
-        engine.step(refusal_batches(0), LANGUAGE)
+        engine.step(refusal_batches(bench, 0), LANGUAGE)
         if name == "rolled_back":
             engine.snapshot()(checkpoint)
             distributed.barrier()
-            engine.step(refusal_batches(1), LANGUAGE)
-            engine.step(refusal_batches(2), Broken(CausalLMConfig()), lambda metrics: False)
+            engine.step(refusal_batches(bench, 1), LANGUAGE)
+            engine.step(refusal_batches(bench, 2), Broken(CausalLMConfig()), lambda metrics: False)
             engine.load(checkpoint)
         engine.num_steps = 3
-        bench.keep(f"{precision}_{name}", engine.step(refusal_batches(3), LANGUAGE), engine)
+        bench.keep(f"{precision}_{name}", engine.step(refusal_batches(bench, 3), LANGUAGE), engine)
 
 
-def refusal_batches(step: int) -> list[Batch]:
-    return language_batches(SPLITS["threes"], token_examples(LENGTHS, seed=step))
+def refusal_batches(bench: Bench, step: int) -> list[Batch]:
+    return language_batches(bench, "threes", token_examples(LENGTHS, seed=step))
 
 
 def run_all(config: EngineConfig, folder: Path) -> None:
     bench = Bench(config, folder)
     for scenario in (one_step, training, looking, two_at_once, leaving, refusing, failing):
         scenario(bench)
+
+
+def run_some(config: EngineConfig, folder: Path) -> None:
+    """One step, and some more with a checkpoint between them."""
+    bench = Bench(config, folder)
+    engine = bench.engine()
+    bench.keep("threes", engine.step(language_batches(bench, "threes", token_examples(LENGTHS)), LANGUAGE), engine)
+    train_and_resume(bench, "fp32", *SHORT, optim=TRAIN)

@@ -37,6 +37,10 @@ def saved(checkpoint: Path, new_model: Callable[[], nn.Module]) -> dict[str, Ten
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_engine_saves_the_weights_of_the_reference(results: Results, single: Results, precision: str):
+    if results.folder.name == "tensor":
+        with pytest.raises(CheckpointError, match="its ranks shared matrices"):
+            saved(results.folder / f"checkpoint_{precision}", language_model)
+        return
     expected = saved(single.folder / f"checkpoint_{precision}", language_model)
     weights = saved(results.folder / f"checkpoint_{precision}", language_model)
     assert list(weights) == [name for name, _ in language_model().named_parameters()]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["llmscale.stages.rlhf_run", "llmscale.stages.supervised", "llmscale.stages.use"])
+SERVER.set_forkserver_preload(["llmscale.stages.rlhf_run", "llmscale.stages.supervised_run", "llmscale.stages.use"])
 
 TINY = {
     "pretrain": [
