@@ -116,7 +116,6 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(one_process: Path) -> Path:
-    before = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     ranks = start_ranks([sys.executable, "-m", "tests.engine.ranks", str(one_process)], 2, one_process)
     try:
         codes = [rank.wait(TIMEOUT_S) for rank in ranks]
@@ -126,7 +125,6 @@ def two_ranks(one_process: Path) -> Path:
             rank.wait()
     logs = "\n".join((one_process / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
     assert codes == [0, 0], logs
-    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= before, "DeepSpeed's files stay behind"
     from tests.engine import scenarios
 
     environment = dict(os.environ)

@@ -4,6 +4,7 @@ what one rank did. Writes FOLDER/zeroNx2."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def main(folder: Path) -> None:
     scenarios.train_in_bf16(scenarios.Bench(DeepSpeedConfig(zero_stage=3), folder / UNSHARDED))
     refused_engine(folder / "zero3x2")
     run(folder, tensor_parallel=True)  # last: DeepSpeed keeps such groups for the rest of the process
+    left = list(Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*"))
+    assert not left, f"DeepSpeed's files stay behind: {left}"
     torch.distributed.destroy_process_group()
 
 
