@@ -10,22 +10,23 @@ import torch
 import llmscale.stages.config  # noqa: F401  registers what a config can name
 from llmscale.config import build, load
 from llmscale.data.splits import load_rankings
-from llmscale.functional import last_token
-from llmscale.models.loading import load_scalar_model, save_hf
+from llmscale.models.export import save_hf
+from llmscale.models.loading import load_scalar_model
 from tests.stages.runs import arguments, succeed
 from tests.tiny import language_model, tokenizer
 
 
 def test_scores_of_an_averaged_reward_model_have_mean_0_and_deviation_1(tmp_path: Path) -> None:
     start = language_model(vocab_size=len(tokenizer()))
-    save_hf(start, tokenizer(), tmp_path / "start", {n: p.detach() for n, p in start.named_parameters()})
+    save_hf(start, tokenizer(), tmp_path / "start", [dict(start.named_parameters())])
     overrides = [f"model.path={tmp_path / 'start'}", "optim.ema_decay=0.9", "data.max_records=20", "optim.lr=0.01"]
     succeed(arguments("reward", tmp_path, *overrides), tmp_path / "log")
 
     run_dir = tmp_path / "demo" / "reward"
     config, model = load(run_dir / "config.yaml"), load_scalar_model(str(run_dir / "hf"))
-    batch = build(config.objective).prepare(load_rankings(config.data, tokenizer()).train)
+    examples = load_rankings(config.data, tokenizer(), tmp_path / "cache").train
+    batch = build(config.objective).prepare(list(examples))
     with torch.no_grad():
-        scores = last_token(model(batch["input_ids"], batch["position_ids"]), batch["lengths"])
+        scores = model(batch["input_ids"], batch["position_ids"]).flatten()[batch["ends"]]
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, rel=1e-4)
