@@ -52,6 +52,9 @@ def _other_model(directory: Path, what: str) -> CheckpointError:
 
 def _open(directory: Path, opened: ExitStack) -> Weights:
     paths = sorted(directory.glob("state-*"))
+    if not paths:
+        fix = "One of an earlier version has to be exported by that version."
+        raise CheckpointError("it holds no files state-*.safetensors", where=str(directory), fix=fix)
     if any(part.num_shards > 1 for path in paths if (part := Part.of_file(path))):
         what = "its ranks shared matrices (engine.tensor_parallel_size), and only their engine joins them"
         raise CheckpointError(what, where=str(directory), fix="Let the run end: it writes the model itself.")

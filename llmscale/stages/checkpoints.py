@@ -225,9 +225,6 @@ def _write_model(run_dir: Path, checkpoint: Checkpoint, out: Path) -> None:
     if config.stage == "reward" and not has_model:
         print("note: the scores are not standardised; a run that finishes measures their scale", file=sys.stderr)
     source = checkpoint.path / "policy" if config.stage == "rlhf" else checkpoint.path
-    if config.optim.ema_decay and not any(source.glob("state-*")):
-        what, fix = "its files hold the average of the weights without names", "Let the run end: it writes the average."
-        raise CheckpointError(what, where=str(source), fix=fix)
     buckets = saved_buckets(source, model, SHARD_BYTES)
     try:
         commit_directory(out, lambda partial: save_hf(model, tokenizer, partial, buckets))

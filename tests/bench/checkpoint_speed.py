@@ -4,8 +4,8 @@ engine=single in fp32, 1.2 GB.
     python tests/bench/checkpoint_speed.py [--dir DIR] [--rounds 7]
 
 Each round writes the checkpoint through CheckpointStore (files, fsync, digests, manifest, rename) and as many bytes by
-`dd bs=1M conv=fsync` into the same directory, in turns, so that whatever else the machine does falls on both. Then training
-goes on while a checkpoint is written in the background.
+`dd bs=1M conv=fsync` into the same directory, in turns, so that whatever else the machine does falls on both. Neither is
+charged for removing what it wrote before. Then training goes on while a checkpoint is written in the background.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmscale.batch import TokenExample
 from llmscale.checkpoint.background import AsyncSaver
 from llmscale.checkpoint.commit import CheckpointStore
+from llmscale.checkpoint.durable import discard
 from llmscale.checkpoint.manifest import Checkpoint, verify
 from llmscale.engine.config import SingleConfig
 from llmscale.engine.single import SingleEngine
@@ -91,7 +92,7 @@ def measure(directory: Path, rounds: int) -> None:
         engine.step([batch], OBJECTIVE)
 
     step()
-    store = CheckpointStore(directory / "checkpoints", keep=1)
+    store = CheckpointStore(directory / "checkpoints", keep=rounds + 2)
     path = store.save(0, engine.snapshot())
     num_bytes = verify(Checkpoint(0, path)).num_bytes
     os.sync()
@@ -125,6 +126,7 @@ def measure(directory: Path, rounds: int) -> None:
         "verify, in the page cache": median(warms),
         "verify, from disk": median(colds),
         "snapshot (training waits)": median(copies),
+        "removing a checkpoint": timed(lambda: discard(store.checkpoints()[0].path)),
     }.items():
         print(f"| {what} | {seconds:.2f} | {num_bytes / seconds / 1e9:.2f} |")
     print(

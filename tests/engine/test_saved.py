@@ -123,3 +123,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, other, what: s
     with pytest.raises(CheckpointError, match=what) as caught:
         saved(tmp_path, other)
     assert caught.value.where == str(tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path):
+    save_file({"hf.lm_head.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no files state-"):
+        saved(tmp_path, language_model)

@@ -254,10 +254,11 @@ def test_deepspeed_is_exported_from_its_fp32_weights(tmp_path: Path, precision: 
 
 def test_a_broken_checkpoint_is_never_exported(chain: Path, tmp_path: Path):
     run_dir = shutil.copytree(chain / "demo" / "sft", tmp_path / "run", symlinks=True)
-    flip(run_dir / "checkpoints" / "step-000006" / "model.safetensors")
+    (state,) = (run_dir / "checkpoints" / "step-000006").glob("state-*")
+    flip(state)
     command = ["checkpoint", "export", str(run_dir), str(tmp_path / "out")]
     assert run([*command, "--step", "6"], tmp_path / "log") == 1
-    assert "the content of model.safetensors is not what was written" in (tmp_path / "log").read_text()
+    assert f"the content of {state.name} is not what was written" in (tmp_path / "log").read_text()
     assert not (tmp_path / "out").exists()
     succeed(command, tmp_path / "log")
     said = (tmp_path / "log").read_text()
