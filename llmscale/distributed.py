@@ -21,6 +21,7 @@ from llmscale.phases import phase
 LOOPBACK = "127.0.0.1"
 ANYWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737): reached by the default route, by nothing else
 SIOCGIFADDR = 0x8915  # Linux, netdevice(7)
+OF_GLOO = ("gloo", "pair closure", "monitoredBarrier")  # what its errors say, which have no class of their own
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,15 @@ def join(timeout_s: float) -> World:
     return world
 
 
-def limit_groups() -> None:
-    """Give every group of processes the time limit of the first: those that libraries make have torch's own, half an
-    hour, in which a host that lost its power would not be missed."""
+@contextmanager
+def limited_groups() -> Iterator[None]:
+    """Groups that a library makes in this block get the time limit of the first one, not torch's own of half an hour, in
+    which a host that has lost its power would not be missed."""
     c10d = dist.distributed_c10d
+    before = set(c10d._world.pg_map)
+    yield
     limit = c10d._get_default_group()._get_backend(device()).options._timeout
-    for group in c10d._world.pg_map:
+    for group in c10d._world.pg_map.keys() - before:
         c10d._set_pg_timeout(limit, group)
 
 
@@ -176,7 +180,7 @@ def explaining_losses(role: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not (isinstance(error, dist.DistError) or any(word in str(error) for word in OF_GLOO)):
             raise
         what = f"lost contact with the other ranks: {str(error).strip().splitlines()[0]}"
         fix = "The log of the rank that ended first says why; the same command resumes."

@@ -54,7 +54,8 @@ def opened_pools(
 
     Raises: ClusterError when the cluster lacks the resources.
     """
-    if cluster.backend is Backend.local and all(getattr(cluster, name).num_workers == 1 for name in roles):
+    one_each = all(getattr(cluster, name).num_workers == 1 for name in roles)
+    if cluster.backend is Backend.local and cluster.address is None and one_each:
         from llmscale.cluster.local import LocalPool
 
         yield {name: LocalPool(name, build) for name, build in roles.items()}

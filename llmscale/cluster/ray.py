@@ -161,7 +161,6 @@ class RayPool:
         self.actors: list[Any] = [
             ray.remote(Shell)
             .options(
-                name=f"{role}-{rank}",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
                 runtime_env={"env_vars": variables},
                 **resources,
@@ -175,6 +174,9 @@ class RayPool:
         """Begin to build the role on every worker; returns what to wait for."""
         ranks = list(range(self.num_workers))
         nodes = self.get([actor.node.remote() for actor in self.actors], ranks, timeout_s)
+        # Ranks of a host follow each other, as under torchrun: parallelism within a host counts on it.
+        order = sorted(ranks, key=lambda i: nodes.index(nodes[i]))
+        self.actors, nodes = [self.actors[i] for i in order], [nodes[i] for i in order]
         (port,) = self.get([self.actors[0].free_port.remote()], [0], timeout_s)
         refs = []
         for rank, actor in enumerate(self.actors):

@@ -53,6 +53,7 @@ deepspeed.utils.logger.setLevel(logging.WARNING)
 class DeepSpeedEngine(FrozenEngine):
     """`llmscale.protocols.TrainEngine` sharded over the ranks of the process group."""
 
+    @distributed.limited_groups()
     def __init__(self, config: DeepSpeedConfig, model: Model, optim: OptimConfig, total_steps: int):
         super().__init__(config, model)
         self.optim, self.total_steps, self.zero_stage = optim, total_steps, config.zero_stage
@@ -77,7 +78,6 @@ class DeepSpeedEngine(FrozenEngine):
             optimizer=optimizer,
             config=deepspeed_json(config, optim, sum(p.numel() for p in model.parameters())),
         )
-        distributed.limit_groups()
         if config.compile:
             self.module.compile(compile_kwargs={"dynamic": True})
         spread = partial(partitions.weights_follow, self.optimizer, self.zero_stage)

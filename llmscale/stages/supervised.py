@@ -194,7 +194,8 @@ class SupervisedRun:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step: a function of (seed, step, rank), as is the randomness of dropout."""
-        torch.manual_seed(hash((self.config.run.seed, step, self.world.rank)))
+        shard, _ = self.config.engine.data_shard(self.world.rank, self.world.size)
+        torch.manual_seed(hash((self.config.run.seed, step, shard)))
         return self.prepared(step)
 
     def prepare_step(self, step: int) -> list[Batch]:

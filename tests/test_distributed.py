@@ -1,0 +1,64 @@
+"""How ranks find each other, and how long they wait for each other."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llmscale import distributed
+from llmscale.distributed import World
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
+    yield
+    dist.destroy_process_group()
+
+
+def limit(group: dist.ProcessGroup) -> float:
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_groups_of_a_library_wait_no_longer_than_ours(group: None) -> None:
+    patient = dist.new_group(timeout=timedelta(seconds=99))
+    with distributed.limited_groups():
+        library = dist.new_group()
+        assert limit(library) > 7
+    assert limit(library) == 7
+    assert limit(patient) == 99
+
+
+@pytest.mark.parametrize(
+    ("size", "environment"),
+    [
+        (1, {"MASTER_ADDR": "10.0.0.1"}),
+        (2, {"MASTER_ADDR": "127.0.0.1"}),
+        (2, {"MASTER_ADDR": "10.0.0.1", "LOCAL_WORLD_SIZE": "2"}),
+    ],
+)
+def test_ranks_of_one_host_speak_over_loopback(
+    size: int, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASTER_ADDR", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._interface(World(0, size, 0)) == "lo"
+
+
+def test_ranks_of_several_hosts_speak_over_an_interface_that_others_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the master's name leads to loopback, as a host's own name does on Debian."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    own = distributed._address_towards(distributed.ANYWHERE)
+    if own is None:
+        pytest.skip("needs a default route")
+    for master in (own, "127.0.1.1"):
+        monkeypatch.setenv("MASTER_ADDR", master)
+        name = distributed._interface(World(0, 2, 0))
+        assert name in [name for _, name in socket.if_nameindex()] and name != "lo"
