@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ class Host:
         with log.open("a") as output:
             return subprocess.Popen(
                 ["nsenter", f"--target={self.first}", *SPACES, "bash", "-c", f"cd {self.folder} && {command}"],
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+                env=_fresh_environment() | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -74,6 +75,14 @@ class Host:
 
     def _init(self) -> str:
         return INIT.format(name=self.name, names=self.folder / f"{self.name}.hosts")
+
+
+def _fresh_environment() -> dict[str, str]:
+    """What a user's shell would have: nothing of what engines and pools of other tests left in this process."""
+    left = ("RAY_", "GLOO_", "NCCL_", "MASTER_", "LOCAL_", "RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"PYTHONPATH": str(ROOT), "PATH": path}
 
 
 def lacking() -> str | None:
