@@ -2,12 +2,13 @@
 # make demo      a small model through every stage, on this machine
 # make test      tests that need no GPU
 # make lint      ruff, mypy, shellcheck
+# make bench     speed against a bare loop, transformers and TRL: a quarter of an hour on an idle machine, BENCH=--help
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install warm demo test lint clean
+.PHONY: install warm demo test lint bench clean
 demo: install
 	$(BIN)/llmscale pipeline experiment=demo
 
@@ -19,6 +20,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run launchers/*.sh slurm/*.sbatch
+
+bench: .venv/.bench
+	$(BIN)/python -m tests.bench.speed $(BENCH)
+
+.venv/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
 
 install: $(STAMP)
 

@@ -1,0 +1,86 @@
+"""What every contender of `tests/bench/speed.py` trains on: the models, and the samples in the order in which our own runs
+draw them, in files that are read without a line of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llmscale.batch import Batch
+from llmscale.compose import compose
+from llmscale.packing import best_fit
+from llmscale.stages.supervised import SupervisedRun
+
+DATA = {
+    "pretrain": "pretrain/c4_demo.jsonl",
+    "sft": "instruct/alpaca_en_demo.json",
+    "reward": "preference/dpo_en_demo.json",
+}
+PER_STEP = {"pretrain": 4, "sft": 8, "reward": 8}  # samples of a rank; 8, and at most 1024 tokens, are TRL's defaults
+MAX_TOKENS = {"pretrain": 256, "sft": 1024, "reward": 1024}
+NEW_MODEL = [  # 6.4M parameters and a tied embedding of 1M
+    "model.vocab_size=4096",
+    "model.hidden_size=256",
+    "model.intermediate_size=704",
+    "model.num_layers=8",
+    "model.num_heads=4",
+    "model.max_position=1024",
+]
+IGNORED = -100  # a label that is no target
+Sample = dict[str, torch.Tensor]
+
+
+def settings(stage: str, folder: Path, data: Path, ranks: int = 1) -> list[str]:
+    """Overrides for our run of a stage, all but the name of the run, the model and the engine."""
+    return [
+        f"data.train={data / DATA[stage]}",
+        f"data.max_seq_len={MAX_TOKENS[stage]}",
+        f"training.global_batch_size={ranks * PER_STEP[stage]}",
+        "training.num_steps=1000000",
+        "training.eval_every_steps=1000000",
+        "training.save_every_steps=1000000",
+        "optim.lr=3e-4",
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+        "tracking.wandb=disabled",
+        "cluster.stall_timeout_s=1000000",  # a contender stands still while the others take their turns
+        f"run.dir={folder}/runs",
+    ]
+
+
+def prepare(folder: Path, data: Path, num_steps: int) -> None:
+    """Writes `lm` and `rm`, a language and a reward model; `pretrain.pt`, `sft.pt` and `reward.pt`, the samples of
+    `num_steps` steps; and `sft_rows.pt`, those of sft in rows of 1024 tokens."""
+    for stage, model in (
+        ("pretrain", NEW_MODEL),
+        ("sft", [f"model.path={folder}/lm"]),
+        ("reward", [f"model.path={folder}/lm"]),
+    ):
+        config = compose(stage, [*settings(stage, folder, data), *model, "engine.rows=padded", "run.name=samples"])
+        run = SupervisedRun(config, config.run_dir)
+        if stage != "sft":
+            run.engine.export(folder / ("lm" if stage == "pretrain" else "rm"), run.tokenizer)
+        read = pairs if stage == "reward" else sequences
+        samples = [sample for step in range(num_steps) for batch in run.batches(step) for sample in read(batch)]
+        torch.save(samples, folder / f"{stage}.pt")
+        if stage == "sft":
+            rows = best_fit([len(sample["input_ids"]) for sample in samples], MAX_TOKENS["sft"])
+            packed = [[samples[i] for i in row] for row in rows]
+            torch.save([{k: torch.cat([s[k] for s in row]) for k in row[0]} for row in packed], folder / "sft_rows.pt")
+
+
+def sequences(batch: Batch) -> Iterator[Sample]:
+    """Its rows without the padding: `input_ids`, `position_ids` and `labels`, [T] each."""
+    labels = torch.where(batch["loss_mask"], batch["input_ids"], IGNORED)
+    for row, length in enumerate(batch["lengths"].tolist()):
+        own = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "labels": labels}
+        yield {name: tensor[row, :length].clone() for name, tensor in own.items()}
+
+
+def pairs(batch: Batch) -> Iterator[Sample]:
+    """`chosen_ids` and `rejected_ids`, [T] each; a row is a completion."""
+    rows = [ids[:length].clone() for ids, length in zip(batch["input_ids"], batch["lengths"].tolist(), strict=True)]
+    for winner, loser in zip(batch["winners"].tolist(), batch["losers"].tolist(), strict=True):
+        yield {"chosen_ids": rows[winner], "rejected_ids": rows[loser]}
