@@ -15,8 +15,6 @@ def set_ray_environment(own_cluster: bool) -> None:
     # Loopback only. Ray replaces an address 127.0.0.1 by the machine's own and listens on 0.0.0.0, unless it believes
     # that clusters of several nodes are off, as they are on macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Ray's agents outlive a killed driver for as long as they hope that its head comes back: a minute, by default.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     # Other users of this machine can reach loopback too, and Ray runs whatever code reaches it.
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"

@@ -23,6 +23,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig
+from llmscale.cluster.reaper import Reaper
 from llmscale.errors import ClusterError, LlmscaleError, WorkerError, WorkerLostError
 
 LOOPBACK = "127.0.0.1"
@@ -33,6 +34,7 @@ HOW_TO_JOIN = (
 )
 DIED = "this worker died"
 DEATH_IS_KNOWN_S = 5.0
+reapers: list[Reaper] = []  # of the Ray that this process has started
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,8 @@ def shut_down() -> None:
     """End Ray and every worker that this process started; safe to call when there is none."""
     if ray.is_initialized():
         ray.shutdown()
+    while reapers:
+        reapers.pop().close()
 
 
 def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
@@ -299,6 +303,8 @@ def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
             _node_ip_address=LOOPBACK,
             **quiet,
         )
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    reapers.append(Reaper(session))
 
 
 @contextmanager
