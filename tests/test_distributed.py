@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -38,6 +39,36 @@ def test_groups_of_a_library_wait_no_longer_than_ours() -> None:
     """In a process of its own: one process has one default group."""
     done = subprocess.run([sys.executable, "-c", GROUPS], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "7.0", "99.0"], done.stderr
+
+
+LEAVING = """
+import atexit, sys
+import torch.distributed as dist
+from llmscale import distributed
+
+atexit.register(lambda: print(dist.is_initialized()))  # the last to run
+distributed.join(60)
+distributed.new_barrier(60)()
+print(dist.is_initialized())
+sys.exit(3)
+"""
+
+
+def test_ranks_leave_their_groups_before_the_interpreter_ends() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVING],
+            env=os.environ | place | {"RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [(rank.communicate()[0].split(), rank.returncode) for rank in ranks] == [(["True", "False"], 3)] * 2
 
 
 @pytest.mark.parametrize(

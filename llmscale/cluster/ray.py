@@ -303,8 +303,9 @@ def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
             _node_ip_address=LOOPBACK,
             **quiet,
         )
-    session = ray._private.worker.global_worker.node.get_session_dir_path()
-    reapers.append(Reaper(session))
+    node = ray._private.worker.global_worker.node
+    assert node is not None
+    reapers.append(Reaper(node.get_session_dir_path()))
 
 
 @contextmanager

@@ -29,15 +29,17 @@ class Reaper:
 def processes_of(session: str) -> list[int]:
     """Ray's processes, which all call themselves ray::SOMETHING, that hold a file of this session open. (Their titles are
     written over their environment, where a mark would be lost.)"""
-    found = []
-    for entry in PROC.iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::"):
-                if any(os.path.realpath(file).startswith(f"{session}/") for file in (entry / "fd").iterdir()):
-                    found.append(int(entry.name))
-        except OSError:  # it has just ended, or is another user's
-            continue
-    return found
+    numbered = [entry for entry in PROC.iterdir() if entry.name.isdigit()]
+    return [int(entry.name) for entry in numbered if _is_of(session, entry)]
+
+
+def _is_of(session: str, process: Path) -> bool:
+    try:
+        if not (process / "cmdline").read_bytes().startswith(b"ray::"):
+            return False
+        return any(os.path.realpath(file).startswith(f"{session}/") for file in (process / "fd").iterdir())
+    except OSError:  # it has just ended, or is another user's
+        return False
 
 
 def main(session: str) -> None:

@@ -211,6 +211,8 @@ def _join_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if backend == "gloo":
+            distributed.destroy_at_exit(None)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
     with redirect_stdout(sys.stderr):  # it prints; stdout is for results

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -126,8 +125,6 @@ def rank_main(arguments: argparse.Namespace) -> None:
     seconds = contest(contestants, arguments.blocks, arguments.steps)
     if distributed.rank() == 0:
         report(f"{ranks} rank{'s' * (ranks > 1)}", seconds)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def main() -> None:

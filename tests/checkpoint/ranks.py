@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from llmscale import distributed
 from llmscale.checkpoint.background import AsyncSaver
 from llmscale.checkpoint.commit import CheckpointStore
@@ -98,7 +96,6 @@ def absent(directory: Path) -> Any:
 def main(folder: Path) -> None:
     distributed.join(timeout_s=120)
     print(json.dumps({scenario.__name__: scenario(folder / scenario.__name__) for scenario in (both, failing, absent)}))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

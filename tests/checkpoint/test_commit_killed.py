@@ -116,7 +116,7 @@ def test_killed_at_random_moments(tmp_path: Path, keep: int, way: str):
             assert said[-1], "it ended by itself"
         time.sleep(moments.uniform(0, 0.05))
         child.kill()
-        said += child.stdout.read().splitlines()
+        said += [line for line in child.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
         child.wait()
         child.stdout.close()
         begun = [int(line.split()[1]) for line in said if line.startswith("begin")]

@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from llmscale import distributed
 from llmscale.engine.config import DeepSpeedConfig, SingleConfig
 from llmscale.engine.single import SingleEngine
@@ -53,7 +51,6 @@ def main(folder: Path) -> None:
     run(folder, tensor_parallel=True)  # last: DeepSpeed keeps such groups for the rest of the process
     left = list(Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*"))
     assert not left, f"DeepSpeed's files stay behind: {left}"
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

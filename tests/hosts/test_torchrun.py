@@ -45,6 +45,6 @@ def test_a_host_dies_and_the_same_command_gives_the_numbers_of_one_host(hosts: S
 
     written = (run / "metrics.jsonl").read_bytes()
     shown = logs[0].read_text().count("validation loss")
-    assert exit_codes(on_each(hosts, command)) == [0, 0]
+    assert exit_codes(on_each(hosts, command)) == [0, 0], [log.read_text() for log in logs]
     assert logs[0].read_text().count("validation loss") == shown + 1
     assert (run / "metrics.jsonl").read_bytes() == written
