@@ -74,10 +74,11 @@ def test_help_of_a_stage_lists_its_keys_with_value_and_meaning(llmscale, stage: 
 def test_help_of_a_stage_shows_its_own_defaults_and_choices(llmscale):
     _, out, _ = llmscale("rlhf", "-h")
     assert "optim.lr=0.0001 " in out, "of conf/rlhf.yaml, not of the dataclass"
-    assert "reward.path=(needed)" in out
+    assert "reward.path=${run.dir}/${run.name}/reward" in out
     assert "fp32 | bf16" in out
     assert "answer, function, [learned]" in out
     assert "Peak learning rate" in out
+    assert "model.path=(needed)" in llmscale("generate", "-h")[1]
 
 
 def test_help_can_be_cut_off():
@@ -168,12 +169,12 @@ PLUGIN = """
 from dataclasses import dataclass
 
 from llmscale.config import option
-from llmscale.rl.config import PPOConfig
+from llmscale.rl.config import PolicyGradientConfig
 
 
 @option("algorithm", "{name}", builds="{module}:Mine")
 @dataclass
-class MineConfig(PPOConfig):
+class MineConfig(PolicyGradientConfig):
     name: str = "{name}"
     sharpness: float = 2.0  # how sharp
 
@@ -198,7 +199,7 @@ def test_a_plugin_brings_its_own_algorithm(llmscale, tmp_path: Path):
     assert code == 2
     assert "Did you mean algorithm.sharpness?" in err
     code, out, _ = llmscale("rlhf", "--help", "--plugin", "mine_a", "--config-dir", "conf")
-    assert "mine_a, [ppo]" in out
+    assert "mine_a, [ppo], reinforce_pp" in out
 
 
 @pytest.mark.parametrize(

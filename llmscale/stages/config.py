@@ -102,7 +102,7 @@ class RewardStageConfig(SupervisedConfig):
 
 @dataclass
 class RlhfTrainingConfig:
-    """How long an RLHF run is. prompts_per_step x rollout.group_size sequences are sampled at each step."""
+    """How long an RLHF run is. prompts_per_step x group_size sequences are sampled at each step."""
 
     num_steps: int = 50  # of: sample, score, update, publish
     prompts_per_step: int = 64
@@ -143,6 +143,18 @@ class RlhfConfig(StageConfig):
         return default if self.rollout.max_logprob_diff is None else self.rollout.max_logprob_diff
 
     @property
+    def roles(self) -> list[str]:
+        """The pools that this run needs."""
+        critic = ["critic"] if self.algorithm.needs_critic else []
+        reference = ["reference"] if self.algorithm.needs_reference else []
+        return ["policy", *critic, *reference, "reward", "rollout"]
+
+    @property
+    def group_size(self) -> int:
+        """Completions of a prompt."""
+        return self.rollout.group_size or (8 if self.algorithm.needs_groups else 1)
+
+    @property
     def critic_path(self) -> str:
         """InstructGPT starts the critic from the reward model."""
         learned = self.reward.path if isinstance(self.reward, LearnedConfig) else None
@@ -161,12 +173,15 @@ class RlhfConfig(StageConfig):
         if self.rollout.max_new_tokens >= self.data.max_seq_len:
             what = f"{self.rollout.max_new_tokens} leaves no room for a prompt in {self.data.max_seq_len} tokens"
             yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
-        if self.algorithm.global_batch_size > self.training.prompts_per_step * self.rollout.group_size:
-            made = f"{self.training.prompts_per_step} x {self.rollout.group_size}"
+        if self.algorithm.needs_groups and self.group_size < 2:
+            what = "this algorithm compares the samples of a prompt with each other, and there is one of each"
+            yield "rollout.group_size", what, "Set it to 4 or more."
+        if self.algorithm.global_batch_size > self.training.prompts_per_step * self.group_size:
+            made = f"{self.training.prompts_per_step} x {self.group_size}"
             what = f"{self.algorithm.global_batch_size} sequences an update, but a step samples {made}"
             yield "algorithm.global_batch_size", what, "Lower it, or raise training.prompts_per_step."
         if self.engine.name == "single":
-            for role in ("policy", "critic"):
+            for role in {"policy", "critic"}.intersection(self.roles):
                 if getattr(self.cluster, role).num_workers > 1:
                     what = "several workers cannot share engine=single"
                     yield f"cluster.{role}.num_workers", what, "Add engine=deepspeed."

@@ -52,6 +52,7 @@ class RlhfRun:
         self.prompts = load_prompts(config.data, load_tokenizer(path), config.rollout.max_new_tokens)
         check_columns(config, [*self.prompts.train, *self.prompts.validation])
         self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
+        self.trained = {name: role for name, role in TRAINED.items() if name in config.roles}
         self.first_eval: Metrics = {}
 
     def train(self) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class RlhfRun:
         rlhf = Rlhf(self.config, self.prompts, pools, VersionCounter(self.directory.path / "weight_version"))
         state = RunState()
         state.register("loop", Progress(rlhf, self))
+        state.register("kl_coef", rlhf.kl_coef)
         if checkpoint is not None:
             self.restore(rlhf, state, checkpoint)
         else:
@@ -113,7 +115,7 @@ class RlhfRun:
 
     def save(self, rlhf: Rlhf, state: RunState) -> None:
         def write(directory: Path) -> None:
-            for name, role in TRAINED.items():
+            for name, role in self.trained.items():
                 (directory / name).mkdir()
                 rlhf.pools[name].call(role.save, str((directory / name).resolve())).wait()
             state.save(directory)
@@ -125,7 +127,7 @@ class RlhfRun:
 
     def restore(self, rlhf: Rlhf, state: RunState, checkpoint: Checkpoint) -> None:
         state.load(checkpoint.path)
-        for name, role in TRAINED.items():
+        for name, role in self.trained.items():
             rlhf.pools[name].call(role.load, str((checkpoint.path / name).resolve())).wait()
         rlhf.publish()
         self.tracker.event("resumed", step=rlhf.step, checkpoint=str(checkpoint.path))
@@ -133,7 +135,7 @@ class RlhfRun:
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
         config_file = str((self.directory.path / "config.yaml").resolve())
-        builds = {name: partial(role, config_file) for name, role in ROLES.items()}
+        builds = {name: partial(ROLES[name], config_file) for name in self.config.roles}
         started = time.perf_counter()
         with opened_pools(self.config.cluster, builds, self.directory.attempt_dir) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
@@ -162,10 +164,14 @@ class Progress:
         self.rlhf, self.run = rlhf, run
 
     def state_dict(self) -> State:
-        return {"step": self.rlhf.step, "first_eval": self.run.first_eval}
+        return {"step": self.rlhf.step, "num_draws": self.rlhf.num_draws, "first_eval": self.run.first_eval}
 
     def load_state_dict(self, state: State) -> None:
-        self.rlhf.step, self.run.first_eval = state["step"], state["first_eval"]
+        self.rlhf.step, self.rlhf.num_draws, self.run.first_eval = (
+            state["step"],
+            state["num_draws"],
+            state["first_eval"],
+        )
 
 
 def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
@@ -181,7 +187,7 @@ def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
 
 def plan(config: RlhfConfig) -> dict[str, Any]:
     """The batch arithmetic, so that nobody has to guess."""
-    prompts, group = config.training.prompts_per_step, config.rollout.group_size
+    prompts, group = config.training.prompts_per_step, config.group_size
     minibatches_per_epoch = -(-prompts * group // config.algorithm.global_batch_size)
     return {
         "prompts": prompts,
@@ -191,7 +197,7 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
         "epochs": config.algorithm.num_epochs,
         "optimizer_steps": config.training.num_steps * config.algorithm.num_epochs * minibatches_per_epoch,
         "micro_batch_size": config.engine.micro_batch_size,
-        "workers": {name: getattr(config.cluster, name).num_workers for name in ROLES},
+        "workers": {name: getattr(config.cluster, name).num_workers for name in config.roles},
     }
 
 

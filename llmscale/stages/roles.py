@@ -25,9 +25,14 @@ from llmscale.engine.frozen import FrozenEngine
 from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
 from llmscale.optim.config import OptimConfig
 from llmscale.protocols import Forward, Objective, SamplingRequest, TrainEngine
-from llmscale.rl.experience import Experience
+from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.stages.config import RlhfConfig
+
+
+def new_algorithm(config: RlhfConfig) -> Algorithm:
+    algorithm: Algorithm = build(config.algorithm, config.rollout.max_new_tokens)
+    return algorithm
 
 
 class TrainedRole:
@@ -66,7 +71,7 @@ class TrainedRole:
 
     def _total_steps(self) -> int:
         training, algorithm = self.config.training, self.config.algorithm
-        sequences = training.prompts_per_step * self.config.rollout.group_size
+        sequences = training.prompts_per_step * self.config.group_size
         return training.num_steps * algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
 
     def _new_engine(self, model: Any, optim: OptimConfig) -> TrainEngine:
@@ -77,7 +82,7 @@ class PolicyRole(TrainedRole):
     def __init__(self, config_file: str):
         super().__init__(config_file)
         self.engine = self._new_engine(load_language_model(str(self.config.model.path)), self.config.optim)
-        algorithm = build(self.config.algorithm)
+        algorithm = new_algorithm(self.config)
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
         self.objective = PolicyObjective(algorithm, temperature, entropy_coef)
 
@@ -95,7 +100,7 @@ class CriticRole(TrainedRole):
         super().__init__(config_file)
         model = load_scalar_model(self.config.critic_path, seed=self.config.run.seed, zero_head=True)
         self.engine = self._new_engine(model, self.config.critic.optim)
-        self.objective = ValueObjective(build(self.config.algorithm))
+        self.objective = ValueObjective(new_algorithm(self.config))
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """Value of the state before each token, float32 [T] a trajectory."""
