@@ -13,7 +13,7 @@ from llmscale import distributed
 from llmscale.phases import phase
 from llmscale.training.watchdog import FOLDER, Watchdog
 
-STALL_TIMEOUT_S = 6.0
+STALL_TIMEOUT_S = 3.0
 
 
 def main(folder: Path, how: str) -> None:
