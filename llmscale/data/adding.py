@@ -1,8 +1,8 @@
-"""The task of adding a few numbers step by step: 7+4+9 is `7+4=11`, `11+9=20`, a line each, and the last line ends in the sum.
+"""The task of adding a few numbers step by step: 5+4+2 is `5+4=9`, `9+2=11`, a line each, and the last line ends in the sum.
 
 The demonstrations miscalculate now and then and may stop too early. The splits `...solutions` have attempts whose steps are
 labelled: a step is right when it goes on from the line before with the next number, adds the two rightly, and neither stops
-before the sum is done nor goes on behind it. So a solution is right when all of its steps are. A subject is a sum, `7+4+9`.
+before the sum is done nor goes on behind it. So a solution is right when all of its steps are. A subject is a sum, `5+4+2`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 MISCALCULATES = 0.15  # of the steps of a demonstration
 STOPS = 0.1  # of the demonstrations, before the last step
 SPOILED = 0.25  # of the steps of an attempt that is judged
-NUM_TERMS = (3, 4)
+NUM_TERMS = (3, 5)
+LARGEST = 5  # term
 
 Record = dict[str, Any]
 
 
 def sum_of(rng: random.Random) -> str:
-    return "+".join(str(rng.randint(1, 9)) for _ in range(rng.randint(*NUM_TERMS)))
+    return "+".join(str(rng.randint(1, LARGEST)) for _ in range(rng.randint(*NUM_TERMS)))
 
 
 def terms_of(subject: str) -> list[int]:
@@ -78,7 +79,7 @@ def demonstration(rng: random.Random, subject: str) -> Record:
 def solution(rng: random.Random, subject: str) -> Record:
     steps = attempt(rng, subject, SPOILED, STOPS)
     if rng.random() < STOPS:  # once more than there is to add
-        steps.append(f"{steps[-1].rpartition('=')[2]}+{rng.randint(1, 9)}={rng.randint(3, 40)}")
+        steps.append(f"{steps[-1].rpartition('=')[2]}+{rng.randint(1, LARGEST)}={rng.randint(3, 25)}")
     return {"prompt": prompt_of(subject), "steps": steps, "labels": right_steps(subject, steps)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_steps_of_a_completion(tokenizer, text, steps):
     sequence = np.concatenate([prompt, ids]).astype(np.int64)
     ends = StepFinder(tokenizer).ends(sequence, np.arange(len(sequence)) >= len(prompt))
     cuts = [len(prompt), *(end + 1 for end in ends)]
-    assert [tokenizer.decode(sequence[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)] == steps
+    assert [tokenizer.decode(sequence[a:b]) for a, b in pairwise(cuts)] == steps
 
 
 def test_a_token_that_holds_a_break_and_more_ends_one_step_and_begins_another(tokenizer):
