@@ -25,7 +25,7 @@ class Combine(Enum):
 
     mean = "mean"
     minimum = "minimum"  # what the most sceptical member says
-    lower_bound = "lower_bound"  # mean - std_coef x their standard deviation
+    lower_bound = "lower_bound"  # mean - std_coef x their standard deviation; Coste et al. 2024 take off the variance
 
 
 @option("reward", "learned", builds="llmscale.rewards.learned:LearnedReward")
