@@ -43,9 +43,9 @@ def test_help_shows_stages_groups_overrides_and_an_example(llmscale, flag: str):
     for line in (
         "deepspeed, single",
         "local, ray",
-        "demo, real",
+        "demo, ensemble, real, steps",
         "pretrained, small, tiny",
-        "answer, function, learned",
+        "answer, function, learned, process",
     ):
         assert line in out
     assert all(
