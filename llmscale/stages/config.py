@@ -74,9 +74,11 @@ class SupervisedConfig(StageConfig):
         if self.cluster.trainer.num_workers > 1 and self.engine.name == "single":
             what = f"{self.cluster.trainer.num_workers} workers cannot share engine=single"
             yield "cluster.trainer.num_workers", what, "Add engine=deepspeed."
-        gives = "rankings" if self.stage == "reward" else "tokens"
-        if self.objective.reads != gives:
-            what = f"{self.objective.name} learns from {self.objective.reads}, {self.stage} gives it {gives}"
+        gives = ("rankings", "solutions") if self.stage == "reward" else ("tokens",)
+        if self.objective.reads not in gives:
+            what = (
+                f"{self.objective.name} learns from {self.objective.reads}, {self.stage} gives it {' or '.join(gives)}"
+            )
             yield "objective", what, "Leave it out: the stage chooses the right one."
         if self.stage != "pretrain" and self.model.path is None:
             yield "model.path", f"{self.stage} starts from a model", "Name a run directory, a folder or a hub name."

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmscale.batch import Prompt
 from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
+from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool, opened_pools
@@ -21,11 +23,12 @@ from llmscale.errors import ConfigError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
 from llmscale.rl.experience import Scored
+from llmscale.rl.overoptimisation import overoptimisation
 from llmscale.stages.config import RlhfConfig, check_context
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
-from llmscale.tracking.jsonl import last_metrics
+from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
 from llmscale.training.stop import signals
 
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
@@ -68,6 +71,7 @@ class RlhfRun:
             tracker.event("plan", **plan(self.config))
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
+            verdict = self.look_for_overoptimisation()
             status = "done"
         except Requeue:
             status = "stopped"
@@ -85,6 +89,7 @@ class RlhfRun:
             "example": (self.prompts.validation or self.prompts.train)[0].text,
             "before": self.first_eval,
             "metrics": last_metrics(self.directory.path),
+            "overoptimisation": verdict,
         }
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
@@ -112,6 +117,15 @@ class RlhfRun:
                 if stop:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
         pools["policy"].call(PolicyRole.export, str(self.directory.hf.resolve())).wait()
+
+    def look_for_overoptimisation(self) -> str | None:
+        """One line, where there is a true score; the numbers are in an event and in overoptimisation.md."""
+        found = overoptimisation(read_jsonl(self.directory.path / METRICS))
+        if found is None:
+            return None
+        self.tracker.event("overoptimisation", **asdict(found), verdict=found.verdict)
+        atomic_write_text(self.directory.path / "overoptimisation.md", found.table())
+        return found.verdict
 
     def save(self, rlhf: Rlhf, state: RunState) -> None:
         def write(directory: Path) -> None:

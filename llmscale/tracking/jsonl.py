@@ -93,10 +93,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def last_metrics(run_dir: Path) -> dict[str, float]:
-    """The metrics of the last step that logged any."""
+    """The metrics of the last step that logged any; a step may have logged several times."""
     path = run_dir / METRICS
     records = read_jsonl(path) if path.exists() else []
-    return {name: value for name, value in (records[-1] if records else {}).items() if name not in ("step", "time_s")}
+    last: dict[str, float] = {}
+    for record in records:
+        last |= record if record["step"] == records[-1]["step"] else {}
+    return {name: value for name, value in last.items() if name not in ("step", "time_s")}
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
