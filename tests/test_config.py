@@ -29,6 +29,7 @@ NEEDED = {
     "sft": ["data.train=x", "model.path=m"],
     "reward": ["data.train=x", "model.path=m"],
     "rlhf": ["data.train=x", "model.path=m", "reward.path=r"],
+    "collect": ["data.train=x", "model.path=m", "reward.path=r"],
     "pipeline": [],
     "generate": ["model.path=m"],
     "chat": ["model.path=m"],
