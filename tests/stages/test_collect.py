@@ -239,12 +239,21 @@ def test_system_messages_and_earlier_turns_are_kept(policy: Path, tmp_path: Path
 # ---------------------------------------------------------------- interruption
 
 
+MANY = ["data.max_records=200", "prompts_per_step=2", "method=rejection", "method.keep_fraction=0.2"]
+
+
+@pytest.fixture(scope="module")
+def whole(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long enough to be interrupted, and was not."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    succeed(collect(run_dir, policy, *MANY), run_dir / "log")
+    return run_dir
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_interrupted_and_resumed_equals_uninterrupted(policy: Path, tmp_path: Path, how: int) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    many = ["data.max_records=200", "prompts_per_step=2", "method=rejection", "method.keep_fraction=0.2"]
-    succeed(collect(whole, policy, *many), tmp_path / "whole.log")
-    argv, log = collect(stopped, policy, *many), tmp_path / "log"
+def test_interrupted_and_resumed_equals_uninterrupted(policy: Path, whole: Path, tmp_path: Path, how: int) -> None:
+    stopped = tmp_path / "stopped"
+    argv, log = collect(stopped, policy, *MANY), tmp_path / "log"
     metrics = collected(stopped) / "metrics.jsonl"
     code = kill_when(lambda: num_lines(metrics) >= 10, argv, log, how)
     assert code == {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGINT: 130}[how]
