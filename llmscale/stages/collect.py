@@ -115,10 +115,11 @@ class Collection:
 
     def generate(self, step: int, pool: WorkerPool) -> list[Trajectory]:
         """All completions of a step's prompts. A prompt is drawn once; its draw is its place in the data."""
-        config, size = self.config, self.config.prompts_per_step
-        draws = list(enumerate(self.prompts))[(step - 1) * size : step * size]
-        samples = 1 if config.num_beams else config.num_samples  # of one request; a beam gives all at once
-        requests = [SamplingRequest(prompt, draw, k) for draw, prompt in draws for k in range(samples)]
+        config = self.config
+        first = (step - 1) * config.prompts_per_step
+        drawn = enumerate(self.prompts[first : first + config.prompts_per_step], start=first)
+        samples = 1 if config.num_beams else config.num_samples  # a beam search gives all at once
+        requests = [SamplingRequest(prompt, draw, k) for draw, prompt in drawn for k in range(samples)]
         # What a unit holds depends neither on the workers nor on where a run was interrupted.
         units = micro_batches(requests, max(1, config.rollout.unit_size // max(1, config.num_beams)))
         return [t for unit in pool.units(RolloutRole.generate, units).wait() for t in unit]
@@ -127,6 +128,8 @@ class Collection:
         units = micro_batches(trajectories, self.config.rollout.unit_size)
         pairs = [pair for unit in pool.units(RewardRole.score, units).wait() for pair in unit]
         check_rewards(trajectories, [reward for reward, _ in pairs])
+        if self.config.true_reward is not None:
+            check_rewards(trajectories, [float(true) for _, true in pairs])
         return [(t, reward, true) for t, (reward, true) in zip(trajectories, pairs, strict=True)]
 
     @contextmanager

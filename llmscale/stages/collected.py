@@ -87,7 +87,7 @@ class Conversations:
     def __init__(self, prompts: Sequence[Prompt], choose: Callable[[Sequence[Sample]], list[Sample]]):
         self.prompts, self.choose = prompts, choose
         self.written: set[bytes] = set()  # digests
-        self.kept: list[float] = []  # rewards
+        self.kept: dict[str, list[float]] = {"reward": [], "true_reward": []}
 
     def lines(self, run_dir: Path) -> Iterator[str]:
         for group in groups(run_dir):
@@ -97,12 +97,14 @@ class Conversations:
                 digest = blake2b(line.encode(), digest_size=16).digest()
                 if digest not in self.written:
                     self.written.add(digest)
-                    self.kept.append(sample["reward"])
+                    for name, values in self.kept.items():
+                        values += [] if sample[name] is None else [sample[name]]
                     yield line
 
     def metrics(self, num_samples: float) -> dict[str, float]:
-        reward = {"sft/reward": float(np.mean(self.kept))} if self.kept else {}
-        return {"sft/records": len(self.kept), "sft/kept_fraction": len(self.kept) / num_samples} | reward
+        num_kept = len(self.kept["reward"])
+        means = {f"sft/{name}": float(np.mean(values)) for name, values in self.kept.items() if values}
+        return {"sft/records": num_kept, "sft/kept_fraction": num_kept / num_samples} | means
 
 
 def learnable(group: Sequence[Sample]) -> list[Sample]:

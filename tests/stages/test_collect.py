@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmscale.compose import compose
+from llmscale.compose import choices, compose
 from llmscale.data.splits import load_conversations, load_prompts, load_rankings
 from llmscale.data.tokenizer import SPECIAL_TOKENS
 from llmscale.errors import ConfigError
@@ -125,6 +125,10 @@ def test_the_result_says_what_choosing_is_worth(finished: Path) -> None:
     assert metrics["reward/mean"] == pytest.approx(rewards.mean(), abs=1e-9)
     assert metrics["reward/best"] == pytest.approx(rewards.max(1).mean(), abs=1e-9)
     assert metrics["reward/true"] == pytest.approx(true.mean(), abs=1e-9)
+    kept = [max(learnable(group), key=lambda s: s["reward"]) for group in groups if learnable(group)]
+    kept = list({(s["prompt"], s["completion"]): s for s in kept}.values())
+    assert metrics["sft/reward"] == pytest.approx(np.mean([s["reward"] for s in kept]), abs=1e-9)
+    assert metrics["sft/true_reward"] == pytest.approx(np.mean([s["true_reward"] for s in kept]), abs=1e-9)
     assert metrics["sft/kept_fraction"] == num_lines(collected(finished) / "sft.jsonl") / 320
     assert metrics["rankings/records"] == 40 and metrics["collect/samples"] == 320
     curve = found["best_of_k"]
@@ -328,6 +332,11 @@ def test_ray_workers_collect_what_one_process_collects(policy: Path, finished: P
 
 
 # ---------------------------------------------------------------- bad configs
+
+
+@pytest.mark.parametrize("override", [f"{group}={n}" for group in ("cluster", "engine") for n in choices(group)])
+def test_every_cluster_and_engine_composes(override: str) -> None:
+    assert compose("collect", ["experiment=demo", override]).stage == "collect"
 
 
 @pytest.mark.parametrize(
