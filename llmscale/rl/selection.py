@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -59,6 +60,7 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+@cache
 def _subset_weights(n: int) -> np.ndarray:
     """[N, N]: row k - 1 has the probability that the i-th lowest of n is the highest of a random subset of k."""
     weights = np.zeros((n, n))

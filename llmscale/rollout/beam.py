@@ -1,7 +1,8 @@
 """Beam search that returns the n best completions of a prompt, by transformers' `generate`.
 
-A completion's score is log p(completion) / tokens ** length_penalty. transformers keeps scores alone, not what each token
-contributed, so the log-probabilities come from one plain forward over what was found; they are also what it is ordered by.
+A completion's score is log p(completion) / tokens ** length_penalty, where Wu et al. 2016 (arXiv:1609.08144, eq. 14) divide by
+((5 + tokens) / 6) ** length_penalty: a penalty of 1 is the mean of a token here. transformers keeps scores alone, not what each
+token contributed, so the log-probabilities come from a plain forward over what was found, which also orders it.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def steps_on_disk(run_dir: Path, prompts: Sequence[Prompt]) -> int:
 
     Raises: RunError when what was sampled are not these prompts.
     """
-    if not (run_dir / METRICS).exists():
+    if not all((run_dir / name).exists() for name in (METRICS, SAMPLES)):
         return 0
     found: Counter[int] = Counter()
     for sample in iter_jsonl(run_dir / SAMPLES):

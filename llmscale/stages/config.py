@@ -187,7 +187,7 @@ class MethodConfig:
 @option("method", "best_of_n")
 @dataclass
 class BestOfNConfig(MethodConfig):
-    """Samples; SFT learns the best of each prompt."""
+    """Samples; SFT learns the best of each prompt (Stiennon et al. 2020, arXiv:2009.01325)."""
 
     name: str = "best_of_n"
 
@@ -208,7 +208,7 @@ class BeamConfig(MethodConfig):
 @option("method", "rejection")
 @dataclass
 class RejectionConfig(MethodConfig):
-    """Samples; SFT learns all that are good enough, of any prompt."""
+    """Samples; SFT learns all that are good enough, of any prompt (RAFT: Dong et al. 2023, arXiv:2304.06767)."""
 
     name: str = "rejection"
     min_score: float | None = None  # learn what scores at least this; None: see keep_fraction
