@@ -54,6 +54,7 @@ class Prompt:
     token_ids: np.ndarray  # int64 [T]
     text: str  # as a person would read it, for rewards and for samples.jsonl
     fields: Mapping[str, Any] = field(default_factory=dict)  # the columns of its record
+    messages: tuple[Mapping[str, str], ...] = ()  # the turns that `token_ids` renders: role and content
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ NEEDED = {
     "sft": ["data.train=x", "model.path=m"],
     "reward": ["data.train=x", "model.path=m"],
     "rlhf": ["data.train=x", "model.path=m"],
+    "collect": ["data.train=x", "model.path=m"],
     "pipeline": [],
     "generate": ["model.path=m"],
     "chat": ["model.path=m"],

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmscale.batch import Prompt
+from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
 from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
@@ -22,9 +22,8 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
-from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
-from llmscale.stages.config import RlhfConfig, check_context
+from llmscale.stages.config import CollectConfig, RlhfConfig, check_context
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
@@ -109,7 +108,7 @@ class RlhfRun:
                 metrics, samples = rlhf.iterate()
                 if self.due(rlhf.step, training.eval_every_steps):
                     metrics |= rlhf.evaluate()
-                self.tracker.samples(rlhf.step, [sample_record(s) for s in samples])
+                self.tracker.samples(rlhf.step, [sample_record(s.trajectory, s.reward, s.true_reward) for s in samples])
                 self.tracker.log(rlhf.step, metrics)
                 stop = signals.received
                 if stop or self.due(rlhf.step, training.save_every_steps):
@@ -188,7 +187,7 @@ class Progress:
         )
 
 
-def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
+def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
     for name in ("reward", "true_reward"):
         reward = getattr(config, name)
@@ -215,16 +214,15 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
     }
 
 
-def sample_record(sample: Scored) -> dict[str, Any]:
+def sample_record(trajectory: Trajectory, reward: float, true_reward: float | None) -> dict[str, Any]:
     """A line of samples.jsonl, complete enough to train from."""
-    trajectory = sample.trajectory
     return {
         "draw_id": trajectory.draw_id,
         "sample_index": trajectory.sample_index,
         "prompt": trajectory.prompt.text,
         "completion": trajectory.completion,
-        "reward": sample.reward,
-        "true_reward": sample.true_reward,
+        "reward": reward,
+        "true_reward": true_reward,
         "finished": trajectory.finished,
         "token_ids": trajectory.token_ids.tolist(),
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),

@@ -84,12 +84,16 @@ def append_event(directory: Path, kind: str, **details: Any) -> None:
         file.write(_to_line({"time_s": _now_s(), "kind": kind, **details}))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file, without half a record that a crash or a writer at work left at its end.
 
     Raises: DataError for a line before the last that is not a JSON object.
     """
-    return [record for _, record in _records(path)]
+    return (record for _, record in _records(path))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return list(iter_jsonl(path))
 
 
 def last_metrics(run_dir: Path) -> dict[str, float]:
