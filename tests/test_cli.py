@@ -45,7 +45,7 @@ def test_help_shows_stages_groups_overrides_and_an_example(llmscale, flag: str):
         "local, ray",
         "demo, real",
         "pretrained, small, tiny",
-        "answer, function, learned",
+        "answer, clauses",
     ):
         assert line in out
     assert all(
@@ -76,7 +76,7 @@ def test_help_of_a_stage_shows_its_own_defaults_and_choices(llmscale):
     assert "optim.lr=0.0001 " in out, "of conf/rlhf.yaml, not of the dataclass"
     assert "reward.path=(needed)" in out
     assert "fp32 | bf16" in out
-    assert "answer, function, [learned]" in out
+    assert "[learned], length" in out
     assert "Peak learning rate" in out
 
 

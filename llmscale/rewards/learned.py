@@ -13,6 +13,7 @@ from llmscale.batch import Trajectory, token_tensors
 from llmscale.errors import ModelError
 from llmscale.functional import last_token
 from llmscale.models.loading import has_scalar_head, load_scalar_model, load_tokenizer
+from llmscale.protocols import Score
 from llmscale.rewards.config import LearnedConfig
 
 BATCH_SIZE = 32  # rows of one forward
@@ -30,14 +31,14 @@ class LearnedReward:
         self.model = load_scalar_model(config.path).to(distributed.device()).eval()
 
     @torch.no_grad()
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         rewards: list[float] = []
         for start in range(0, len(trajectories), BATCH_SIZE):
             rewards += self._score([t.token_ids for t in trajectories[start : start + BATCH_SIZE]])
         unfinished = self.config.unfinished
-        if unfinished is None:
-            return rewards
-        return [r if t.finished else unfinished for r, t in zip(rewards, trajectories, strict=True)]
+        if unfinished is not None:
+            rewards = [r if t.finished else unfinished for r, t in zip(rewards, trajectories, strict=True)]
+        return [Score(reward) for reward in rewards]
 
     def _score(self, rows: list[np.ndarray]) -> list[float]:
         tensors = {name: value.to(distributed.device()) for name, value in token_tensors(rows).items()}

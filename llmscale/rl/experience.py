@@ -5,9 +5,8 @@ Legend: B trajectories, T tokens of the longest.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +40,8 @@ class Scored:
     old_logprobs: np.ndarray  # the trainer's, before the update
     ref_logprobs: np.ndarray
     values: np.ndarray  # the critic's, of the state before each token
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, before their weights
+    why: str = ""  # the reward's own reason
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,6 @@ def build_experience(
         "rollout/cut_off": sum(not t.finished for t in trajectories) / len(trajectories),
         "rollout/logprob_diff": float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max()),
     }
-    true = [s.true_reward for s in scored if s.true_reward is not None]
-    if true:
-        metrics["reward/true"] = float(np.mean(true))
     experience = [
         Experience(
             t.token_ids,
@@ -102,17 +100,6 @@ def build_experience(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant."""
     return float(1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12))
-
-
-def check_rewards(trajectories: Sequence[Trajectory], rewards: Sequence[float]) -> None:
-    """Raises: NumericsError naming the first sample whose reward is not finite."""
-    for trajectory, reward in zip(trajectories, rewards, strict=True):
-        if not math.isfinite(reward):
-            raise NumericsError(
-                f"the reward of {trajectory.completion!r} is {reward}",
-                where=f"draw {trajectory.draw_id}, sample {trajectory.sample_index}",
-                fix="A reward must be a finite number for every completion.",
-            )
 
 
 def check_on_policy(metrics: dict[str, float], max_logprob_diff: float) -> None:

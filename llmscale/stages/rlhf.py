@@ -7,8 +7,9 @@ Five pools of workers (policy, critic, reference, reward, rollout) run in Ray ac
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,18 @@ from llmscale.cluster.publish import VersionCounter
 from llmscale.config import build
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
-from llmscale.protocols import SamplingRequest
+from llmscale.protocols import SamplingRequest, Score
+from llmscale.rewards.diversity import diversity_metrics
+from llmscale.rl.admission import admitted, check_finite, reward_metrics, true_metrics, unscored, without_nonfinite
 from llmscale.rl.experience import (
     Experience,
     Scored,
     build_experience,
     check_first_update,
     check_on_policy,
-    check_rewards,
     minibatches,
 )
-from llmscale.stages.config import RlhfConfig
+from llmscale.stages.config import OnNonfinite, RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 
 Metrics = dict[str, float]
@@ -39,9 +41,14 @@ class Rlhf:
     """One run's algorithm over its pools. `step` counts the finished steps; all else is a function of it and the seed."""
 
     def __init__(
-        self, config: RlhfConfig, prompts: Split[Prompt], pools: Mapping[str, WorkerPool], versions: VersionCounter
+        self,
+        config: RlhfConfig,
+        prompts: Split[Prompt],
+        pools: Mapping[str, WorkerPool],
+        versions: VersionCounter,
+        event: Callable[..., None],
     ):
-        self.config, self.prompts, self.pools, self.versions = config, prompts, pools, versions
+        self.config, self.prompts, self.pools, self.versions, self.event = config, prompts, pools, versions, event
         self.order = prompts.order(config.run.seed)
         self.algorithm = build(config.algorithm)
         self.step = 0
@@ -53,8 +60,9 @@ class Rlhf:
         with self.timed("generate"):
             trajectories = self.sample(self.draw())
         with self.timed("score"):
-            scored = self.score(trajectories)
+            scored, reward_metrics = self.score(trajectories)
         experience, metrics = build_experience(self.algorithm, scored, self.config.algorithm.kl_coef)
+        metrics |= reward_metrics | diversity_metrics(trajectories)
         check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)
@@ -74,16 +82,30 @@ class Rlhf:
         units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests)).wait()
         return [trajectory for unit in units for trajectory in unit]
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
-        """Rewards, and every model's view of every token; the four pools work side by side."""
+    def score(self, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], Metrics]:
+        """Rewards, and every model's view of every token; the four pools work side by side. Samples without a reward are
+        left out."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
         ref_logprobs = self.pools["reference"].map(ReferenceRole.logprobs, trajectories)
         old_logprobs = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
         values = self.pools["critic"].map(CriticRole.values, trajectories)
-        pairs = [pair for unit in rewards.wait() for pair in unit]
-        check_rewards(trajectories, [reward for reward, _ in pairs])
-        views = zip(trajectories, pairs, old_logprobs.wait(), ref_logprobs.wait(), values.wait(), strict=True)
-        return [Scored(t, reward, true, old, ref, value) for t, (reward, true), old, ref, value in views]
+        scores, true = self.rewards(trajectories, rewards.wait())
+        kept = admitted(trajectories, scores, whole_draws=self.config.rollout.group_size > 1)
+        views = [old_logprobs.wait(), ref_logprobs.wait(), values.wait()]
+        scored = [scored_sample(trajectories[i], scores[i], true[i], *(view[i] for view in views)) for i in kept]
+        return scored, reward_metrics(scores, len(kept)) | true_metrics(true)
+
+    def rewards(
+        self, trajectories: Sequence[Trajectory], units: Sequence[Sequence[tuple[Score, Score | None]]]
+    ) -> tuple[list[Score], list[Score | None]]:
+        """The rewards and the true ones, as the reward workers gave them; what cannot be used is recorded, or stops the run."""
+        scores, true = [s for unit in units for s, _ in unit], [t for unit in units for _, t in unit]
+        if self.config.on_nonfinite is OnNonfinite.stop:
+            check_finite(trajectories, scores)
+        scores = without_nonfinite(scores)
+        for sample in unscored(trajectories, scores):
+            self.event("sample_excluded", step=self.step, **asdict(sample))
+        return scores, true
 
     def update(self, experience: Sequence[Experience]) -> Metrics:
         """Every epoch over every minibatch, policy and critic side by side."""
@@ -112,14 +134,13 @@ class Rlhf:
         with self.timed("evaluate"):
             trajectories = self.sample([SamplingRequest(p, -1 - i, 0) for i, p in enumerate(self.prompts.validation)])
             units = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories)).wait()
-        rewards = [reward for unit in units for reward, _ in unit]
-        true = [value for unit in units for _, value in unit if value is not None]
-        check_rewards(trajectories, rewards)
-        metrics = {"eval/reward/mean": float(np.mean(rewards))} | (
-            {"eval/reward/true": float(np.mean(true))} if true else {}
-        )
-        metrics["eval/rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
-        return metrics | {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
+        scores, true = self.rewards(trajectories, units)
+        kept = admitted(trajectories, scores, whole_draws=False)
+        metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
+        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | diversity_metrics(trajectories)
+        metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
+        timing = {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
+        return {f"eval/{name}": value for name, value in metrics.items()} | timing
 
     def units_of(self, items: Sequence[Any]) -> list[list[Any]]:
         """Fixed dispatch units: what one holds does not depend on the number of workers."""
@@ -130,6 +151,14 @@ class Rlhf:
         started = time.perf_counter()
         yield
         self.timings[f"timing_s/{name}"] = time.perf_counter() - started
+
+
+def scored_sample(
+    trajectory: Trajectory, score: Score, true: Score | None, old: np.ndarray, ref: np.ndarray, values: np.ndarray
+) -> Scored:
+    assert score.value is not None, "it was admitted"
+    true_reward = true.value if true is not None else None
+    return Scored(trajectory, score.value, true_reward, old, ref, values, score.parts, score.why)
 
 
 def _means(prefix: str, steps: Sequence[Metrics]) -> Metrics:

@@ -20,6 +20,7 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
+from llmscale.rewards.config import flattened
 from llmscale.rl.experience import Scored
 from llmscale.stages.config import RlhfConfig, check_context
 from llmscale.stages.rlhf import Metrics, Rlhf
@@ -88,7 +89,8 @@ class RlhfRun:
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
-        rlhf = Rlhf(self.config, self.prompts, pools, VersionCounter(self.directory.path / "weight_version"))
+        versions = VersionCounter(self.directory.path / "weight_version")
+        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         if checkpoint is not None:
@@ -170,13 +172,14 @@ class Progress:
 
 def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
-    for name in ("reward", "true_reward"):
-        reward = getattr(config, name)
-        for column in reward.needs_columns() if reward is not None else []:
+    rewards = [*flattened(config.reward, "reward")]
+    rewards += flattened(config.true_reward, "true_reward") if config.true_reward is not None else []
+    for where, reward in rewards:
+        for column in reward.needs_columns():
             lacking = next((p for p in prompts if column not in p.fields), None)
             if lacking is not None:
-                what = f"{name}={reward.name} needs the column {column!r}, which the prompt {lacking.text!r} lacks"
-                raise ConfigError(what, where=f"{name}.column", fix=f"It has: {', '.join(lacking.fields) or 'none'}.")
+                what = f"{where}={reward.name} needs the column {column!r}, which the prompt {lacking.text!r} lacks"
+                raise ConfigError(what, where=f"{where}.column", fix=f"It has: {', '.join(lacking.fields) or 'none'}.")
 
 
 def plan(config: RlhfConfig) -> dict[str, Any]:
@@ -204,6 +207,8 @@ def sample_record(sample: Scored) -> dict[str, Any]:
         "prompt": trajectory.prompt.text,
         "completion": trajectory.completion,
         "reward": sample.reward,
+        "reward_parts": dict(sample.parts),
+        "reward_why": sample.why,
         "true_reward": sample.true_reward,
         "finished": trajectory.finished,
         "token_ids": trajectory.token_ids.tolist(),
