@@ -65,7 +65,7 @@ def compose_unchecked(stage: str, overrides: Sequence[str] = (), config_dir: str
         try:
             return hydra_compose(config_name=stage, overrides=[*search, *overrides])
         except Exception as error:
-            twice = re.search(r"Multiple values for ([\w.@]+)", str(error))  # an experiment has that part already
+            twice = re.search(r"Multiple values for ([\w.@]*\w)", str(error))  # an experiment has that part already
             again = [o[1:] if twice and o.startswith(f"+{twice[1]}=") else o for o in overrides]
             if again == list(overrides):
                 raise _explained(error, stage, overrides) from error
@@ -339,6 +339,8 @@ def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> Config
         return ConfigError(message, where=f"{in_file[1]}.yaml" if in_file else None, fix=fix)
     field, _, item = path.partition("[")
     hint = hints.get(_general(field, hints))
+    if hint is None and typing.get_origin(hints.get(field.rpartition(".")[0])) is dict:  # a key of the user's
+        hint = typing.get_args(hints[field.rpartition(".")[0]])[1]
     if item and hint is not None:
         hint = next(typing.get_args(member)[0] for member in members(hint) if typing.get_args(member))
     if hint is None or re.search(r"not in|No match|for root: NoneType", f"{error} {cause}"):

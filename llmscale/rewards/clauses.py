@@ -78,19 +78,20 @@ def clause_faults(text: str, levels: Sequence[str]) -> tuple[int, int, list[str]
 
 def _followed(reading: Reading, mark: Mark, level: int, number: tuple[int, ...], previous: Mark | None) -> Reading:
     """The reading with one more mark at that level, and what is wrong with it there."""
-    path, faults = reading.path, list(reading.faults)
+    path, what = reading.path, ""
     if level > len(path):
-        faults.append(_fault(mark, "skips a level"))
+        what = "skips a level"
         path = path + (1,) * (level - len(path))
     elif len(number) > 1 and number[:-1] != path[:level]:
-        faults.append(_fault(mark, "stands in another clause"))
+        what = "stands in another clause"
     expected = path[level] + 1 if level < len(path) else 1
-    if number[-1] != expected:
-        faults.append(_fault(mark, f"is number {number[-1]} of its level, {expected} should follow"))
+    if number[-1] != expected and not what:  # one fault a mark
+        what = f"is number {number[-1]} of its level, {expected} should follow"
+    faults = [_fault(mark, what)] if what else []
     if level < len(reading.path) and previous is not None and previous.is_empty:
         faults.append(_fault(previous, "is empty"))
     path = (*path[:level], number[-1])
-    return Reading(path, tuple(faults), (*reading.paths, path))
+    return Reading(path, (*reading.faults, *faults), (*reading.paths, path))
 
 
 def _marks(text: str, levels: Sequence[str]) -> Iterator[Mark]:

@@ -72,10 +72,10 @@ class HttpReward:
 
     def _ask(self, body: Any) -> Any:
         """What the service answers. Raises: HTTPError or ValueError when it gives none."""
-        deadline = time.monotonic() + self.config.timeout_s
         response = self.pool.request(
             "POST", self.config.url, body=_encoded(body), headers=self.headers, preload_content=False
         )
+        deadline = time.monotonic() + self.config.timeout_s
         try:
             if response.status != 200:
                 raise ValueError(f"status {response.status} {response.reason or ''}".strip())

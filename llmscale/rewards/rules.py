@@ -19,7 +19,7 @@ from llmscale.rewards.numbers import canonical, last_number
 Config = TypeVar("Config", bound=RuleConfig)
 
 # GSM8K's "#### 1,200 apples"; not a heading, such as "#### Step 2" or "#### 2. Why".
-_MARK = re.compile(r"^\s*####[^\S\n]*([^\w\n]{0,4}(?:\d|frac).*?[^\n\d.)]*\.?)[^\S\n]*$", re.MULTILINE)
+_MARK = re.compile(r"^\s*####[^\S\n]*+(?!\d+[.)][^\S\n]+\S)([^\w\n]{0,4}(?:\d|frac)[^\n]*)$", re.MULTILINE)
 
 
 class Rule(ABC, Generic[Config]):
