@@ -16,8 +16,14 @@ from llmscale.rewards.weighted import build_reward
 from tests.tiny import tokenizer, trajectory
 
 Meaning = Callable[[Mapping[str, bool]], bool]
-SIGNS = {"and": ["&", "/\\", "∧", "and", "\\land"], "or": ["|", "||", "∨", "OR", "\\vee"], "xor": ["^", "xor", "⊕"],
-         "implies": ["->", "=>", "→", "\\to"], "iff": ["<->", "↔", "iff", "\\iff"], "not": ["!", "~", "¬", "not ", "\\neg "]}  # fmt: skip
+SIGNS = {
+    "and": ["&", "/\\", "∧", "and", "\\land"],
+    "or": ["|", "||", "∨", "OR", "\\vee"],
+    "xor": ["^", "xor", "⊕"],
+    "implies": ["->", "=>", "→", "\\to"],
+    "iff": ["<->", "↔", "iff", "\\iff"],
+    "not": ["!", "~", "¬", "not ", "\\neg "],
+}
 
 
 def formula(rng: random.Random, depth: int) -> tuple[str, Meaning]:

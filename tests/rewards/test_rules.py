@@ -60,8 +60,11 @@ def test_within_an_element():
 
 @pytest.mark.parametrize(
     ("text", "inside"),
-    [("<a>1</a>", "1"), ("<a>1</a><a>2</a>", "2"), ("<a>1", None), ("1</a>", None), ("</a><a>", None), ("<a></a>", ""), ("", None)],
-)  # fmt: skip
+    [
+        *(("<a>1</a>", "1"), ("<a>1</a><a>2</a>", "2"), ("<a></a>", "")),
+        *(("<a>1", None), ("1</a>", None), ("</a><a>", None), ("", None)),
+    ],
+)
 def test_element(text: str, inside: str | None):
     assert element(text, "a") == inside
 

@@ -89,9 +89,12 @@ def test_an_error_names_the_part(tmp_path: Path):
 def test_parts_come_from_the_command_line(tmp_path: Path):
     config = compose(
         "rlhf",
-        [*NEEDED, "reward.parts.right=answer", "reward.parts.right.match=number", "reward.parts.shape=regex",
-         r"reward.parts.shape.pattern=a,b=(\d+)", "reward.weights.shape=0.5", "true_reward=sum", "true_reward.parts.api_key=length"],
-    )  # fmt: skip
+        [
+            *(*NEEDED, "reward.parts.right=answer", "reward.parts.right.match=number", "reward.parts.shape=regex"),
+            *(r"reward.parts.shape.pattern=a,b=(\d+)", "reward.weights.shape=0.5"),
+            *("true_reward=sum", "true_reward.parts.api_key=length"),
+        ],
+    )
     parts = {"right": AnswerConfig(match=Match.number), "shape": RegexConfig(pattern=r"a,b=(\d+)")}
     assert config.reward == SumConfig(parts=parts, weights={"shape": 0.5})
     assert config.true_reward == SumConfig(parts={"api_key": LengthConfig()})
