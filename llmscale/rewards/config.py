@@ -79,8 +79,12 @@ class HttpConfig(RewardConfig):
         yield from at_least(self, batch_size=1, retries=0, backoff_s=0)
         if self.timeout_s <= 0:
             yield "timeout_s", f"must be above 0, is {self.timeout_s}", "It is the time of one attempt, in seconds."
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # half an IPv6 address, or a port that is none
+            parts, known = urlsplit(""), None
+        if not known:
             yield "url", f"{self.url!r} is no http address", "For example http://127.0.0.1:8000/score."
         if parts.password is not None:
             yield "url", "holds a password", "Put a token into an environment variable and name that in token_env."
@@ -207,7 +211,7 @@ class Language(Enum):
 
 
 class Parser(Enum):
-    earley = "earley"  # any context-free grammar
+    earley = "earley"  # any context-free grammar; slow on long texts
     lalr = "lalr"  # fast, and refuses a grammar that one token of look-ahead cannot decide
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from llmscale.batch import Trajectory
 from llmscale.protocols import Score
 from llmscale.rewards.config import Check, LogicConfig
-from llmscale.rewards.rules import Rule
+from llmscale.rewards.rules import Rule, reference_of
 
 MAX_VARIABLES = 16
 MAX_SYMBOLS = 2000
@@ -192,7 +192,7 @@ class LogicReward(Rule[LogicConfig]):
         self.decide = self._equivalent if config.check is Check.equivalent else self._satisfies
 
     def score(self, text: str, trajectory: Trajectory) -> Score:
-        reference = str(trajectory.prompt.fields[self.config.column])
+        reference = reference_of(trajectory, self.config.column) or ""
         try:
             formula = parse(reference)
             equivalent(formula, formula)  # the record's own size is not the completion's fault

@@ -47,6 +47,12 @@ def element(text: str, tag: str) -> str | None:
     return inside if opening and closing else None
 
 
+def reference_of(trajectory: Trajectory, column: str) -> str | None:
+    """A column of the prompt's record as text; None where it is null or blank, which no completion can match."""
+    value = trajectory.prompt.fields[column]
+    return None if value is None or not str(value).strip() else str(value)
+
+
 # ---------------------------------------------------------------- answer
 
 
@@ -81,7 +87,9 @@ class AnswerReward(Rule[AnswerConfig]):
     """1.0 where a completion gives the reference answer of its prompt, else 0.0."""
 
     def score(self, text: str, trajectory: Trajectory) -> Score:
-        reference = str(trajectory.prompt.fields[self.config.column])
+        reference = reference_of(trajectory, self.config.column)
+        if reference is None:
+            return Score(None, why=f"the record's {self.config.column} is empty")
         if self.config.match is Match.exact:
             return Score(float(text.strip() == reference.strip()))
         right, given = final_number(reference), final_number(text)

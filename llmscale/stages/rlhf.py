@@ -89,14 +89,14 @@ class Rlhf:
         ref_logprobs = self.pools["reference"].map(ReferenceRole.logprobs, trajectories)
         old_logprobs = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
         values = self.pools["critic"].map(CriticRole.values, trajectories)
-        scores, true = self.rewards(trajectories, rewards.wait())
+        scores, true = self.rewards(trajectories, rewards.wait(), self.step + 1)
         kept = admitted(trajectories, scores, whole_draws=self.config.rollout.group_size > 1)
         views = [old_logprobs.wait(), ref_logprobs.wait(), values.wait()]
         scored = [scored_sample(trajectories[i], scores[i], true[i], *(view[i] for view in views)) for i in kept]
         return scored, reward_metrics(scores, len(kept)) | true_metrics(true)
 
     def rewards(
-        self, trajectories: Sequence[Trajectory], units: Sequence[Sequence[tuple[Score, Score | None]]]
+        self, trajectories: Sequence[Trajectory], units: Sequence[Sequence[tuple[Score, Score | None]]], step: int
     ) -> tuple[list[Score], list[Score | None]]:
         """The rewards and the true ones, as the reward workers gave them; what cannot be used is recorded, or stops the run."""
         scores, true = [s for unit in units for s, _ in unit], [t for unit in units for _, t in unit]
@@ -104,7 +104,7 @@ class Rlhf:
             check_finite(trajectories, scores)
         scores = without_nonfinite(scores)
         for sample in unscored(trajectories, scores):
-            self.event("sample_excluded", step=self.step, **asdict(sample))
+            self.event("sample_excluded", step=step, **asdict(sample))
         return scores, true
 
     def update(self, experience: Sequence[Experience]) -> Metrics:
@@ -134,7 +134,7 @@ class Rlhf:
         with self.timed("evaluate"):
             trajectories = self.sample([SamplingRequest(p, -1 - i, 0) for i, p in enumerate(self.prompts.validation)])
             units = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories)).wait()
-        scores, true = self.rewards(trajectories, units)
+        scores, true = self.rewards(trajectories, units, self.step)
         kept = admitted(trajectories, scores, whole_draws=False)
         metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
         metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | diversity_metrics(trajectories)

@@ -30,6 +30,7 @@ from llmscale.rewards.config import (
     SafetyConfig,
     SumConfig,
     Unit,
+    flattened,
 )
 from llmscale.rewards.weighted import build_reward
 from tests.rewards.service import Service
@@ -72,6 +73,7 @@ SETTINGS: dict[str, Callable[[Path], RewardConfig]] = {
     "safety": safety,
     "sum": several,
 }
+COLUMNS = {"formula": "p & q"}  # of the records, where "7" will not do
 TEXTS = [
     *(
         "7",
@@ -114,16 +116,18 @@ def reward(config: RewardConfig) -> RewardFunction:
     return build_reward(config, tokenizer(), "reward")
 
 
-def samples_of(texts: list[str]) -> list[Trajectory]:
+def samples_of(texts: list[str], config: RewardConfig) -> list[Trajectory]:
+    columns = [column for _, part in flattened(config, "reward") for column in part.needs_columns()]
+    fields = {column: COLUMNS.get(column, "7") for column in columns}
     return [
-        trajectory([2, 3, *range(4, 5 + i)], [0, 0] + [1] * (i + 1), draw_id=i, completion=text, answer="7", formula="p & q")
+        trajectory([2, 3, *range(4, 5 + i)], [0, 0] + [1] * (i + 1), draw_id=i, completion=text, **fields)
         for i, text in enumerate(texts)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
-def samples() -> list[Trajectory]:
-    return samples_of(TEXTS)
+def samples(config: RewardConfig) -> list[Trajectory]:
+    return samples_of(TEXTS, config)
 
 
 def values(reward: RewardFunction, samples: list[Trajectory]) -> list[float]:
@@ -159,9 +163,9 @@ def test_parts_are_numbers_and_scores_travel_between_processes(reward, samples):
         assert isinstance(score.why, str) and pickle.loads(pickle.dumps(score)) == score
 
 
-def test_no_completion_stops_it(reward):
+def test_no_completion_stops_it(config, reward):
     """Each is scored, or left out with a reason; nothing that a policy can write ends a run or takes seconds."""
-    scores = reward(samples_of(NASTY))
+    scores = reward(samples_of(NASTY, config))
     assert len(scores) == len(NASTY)
     assert all(math.isfinite(s.value) if s.value is not None else s.why for s in scores)
 

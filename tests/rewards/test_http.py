@@ -199,6 +199,8 @@ def test_a_connection_that_breaks_off_is_tried_again(service: Service):
         ({"url": "ftp://h/score"}, "url"),
         ({"url": "http://"}, "url"),
         ({"url": "h/score"}, "url"),
+        ({"url": "http://[::1/score"}, "url"),
+        ({"url": "http://h:port/score"}, "url"),
         ({"url": "http://me:secret@h/score"}, "url"),
         ({"url": "http://h", "timeout_s": 0.0}, "timeout_s"),
         ({"url": "http://h", "batch_size": 0}, "batch_size"),

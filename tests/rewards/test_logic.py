@@ -137,7 +137,7 @@ def test_assignments(text: str, found: dict[str, bool] | None):
         assert parse_assignment(text) == found
 
 
-def score(check: Check, text: str, formula: str) -> Score:
+def score(check: Check, text: str, formula: str | None) -> Score:
     reward = build_reward(LogicConfig(check=check), tokenizer(), "reward")
     return reward([trajectory([1, 2], [0, 1], completion=text, formula=formula)])[0]
 
@@ -159,7 +159,7 @@ def test_the_reward(check: Check, text: str, value: float):
     assert score(check, text, "p -> q").value == value
 
 
-@pytest.mark.parametrize("formula", ["p q", " & ".join(f"x{i}" for i in range(17))])
-def test_a_reference_that_is_no_formula_is_no_score(formula: str):
+@pytest.mark.parametrize("formula", ["p q", "", None, " & ".join(f"x{i}" for i in range(17))])
+def test_a_reference_that_is_no_formula_is_no_score(formula: str | None):
     found = score(Check.equivalent, "p", formula)
     assert found.value is None and "reference" in found.why

@@ -43,6 +43,13 @@ def test_a_reference_without_a_number_is_no_score():
     assert found.value is None and "'a dozen'" in found.why
 
 
+@pytest.mark.parametrize("match", Match)
+@pytest.mark.parametrize("reference", [None, "", " "])
+def test_an_empty_reference_is_no_score(match: Match, reference: str | None):
+    found = score(AnswerConfig(match=match), "None", answer=reference)
+    assert found.value is None and "answer is empty" in found.why
+
+
 @pytest.mark.parametrize(
     ("completion", "answer", "right"),
     [(" Paris\n", "Paris", 1.0), ("paris", "Paris", 0.0), ("Paris.", "Paris", 0.0), ("12", 12, 1.0), ("12.0", "12", 0.0)],

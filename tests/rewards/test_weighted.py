@@ -104,6 +104,13 @@ def test_parts_come_from_the_command_line(tmp_path: Path):
     assert [where for where, _ in flattened(config.reward, "reward")] == ["reward.parts.right", "reward.parts.shape"]
 
 
+def test_the_critic_starts_from_the_learned_part():
+    learned = ["reward.parts.brief=length", "reward.parts.good=learned", "reward.parts.good.path=r"]
+    assert compose("rlhf", [*NEEDED, *learned]).critic_path == "r"
+    assert compose("rlhf", [*NEEDED, *learned, "critic.path=c"]).critic_path == "c"
+    assert compose("rlhf", [*NEEDED, "reward.parts.brief=length"]).critic_path == "m"
+
+
 def own(folder: Path, text: str) -> str:
     file = folder / "experiment" / "mine" / "rlhf.yaml"
     file.parent.mkdir(parents=True)
