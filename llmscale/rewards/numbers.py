@@ -30,8 +30,9 @@ _PLAIN = rf"(?:{_EUROPEAN}|{_WHOLE}(?:\.\d+)?|(?<![\w.])\.\d+)"
 _FRAC = rf"\\[dt]?frac\s?(?:\{{\s?({_SIGN}?{_PLAIN})\s?\}}\s?\{{\s?({_SIGN}?{_PLAIN})\s?\}}|(\d)\s?(\d))"
 _TIMES = r"\s?(?:[xX×*·⋅]|\\times|\\cdot)\s?"
 _EXPONENT = rf"\^\s?\{{?\s?({_SIGN}?\d{{1,3}})(?!\d)\s?\}}?"
-# Not inside a word, a version (1.2.3), an exponent or an index. What is \w before an underscore makes that one an index.
-_START = r"(?<![^\W_])(?<![^\W_]_)(?<!\d\.)(?<!\^)(?<![_^]\{)"
+# Not inside a word, a version (1.2.3), an exponent or an index (a letter and an underscore make one); after a currency's code.
+_CODES = "USD|EUR|GBP|JPY|CNY|INR|CHF|AUD|CAD"
+_START = rf"(?:(?<={_CODES})|(?<![^\W_])(?<![^\W_]_)(?<!\d\.)(?<!\^)(?<![_^]\{{))"
 _NUMBER = re.compile(
     rf"""{_START}(?P<sign>(?<![\w)\]}}]){_SIGN})?(?:\\?[$€£¥₹]\s?(?P<sign2>{_SIGN})?)?
     (?:

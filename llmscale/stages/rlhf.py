@@ -60,9 +60,9 @@ class Rlhf:
         with self.timed("generate"):
             trajectories = self.sample(self.draw())
         with self.timed("score"):
-            scored, reward_metrics = self.score(trajectories)
+            scored, measured = self.score(trajectories)
         experience, metrics = build_experience(self.algorithm, scored, self.config.algorithm.kl_coef)
-        metrics |= reward_metrics | diversity_metrics(trajectories)
+        metrics |= measured | diversity_metrics(trajectories)
         check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)

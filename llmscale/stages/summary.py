@@ -16,7 +16,7 @@ REACHED = {
     "pretrain": [("eval/loss", "validation loss"), ("train/loss", "training loss")],
     "sft": [("eval/loss", "validation loss"), ("train/loss", "training loss")],
     "reward": [("eval/accuracy", "held-out pairwise accuracy"), ("train/accuracy", "training pairwise accuracy")],
-    "rlhf": [("reward/mean", "learned reward"), ("kl/ref", "KL to the SFT model")],
+    "rlhf": [("reward/mean", "reward"), ("kl/ref", "KL to the SFT model")],
 }
 
 # What tells the jobs of a sweep apart, in the order shown, and which of several values is the best.
@@ -67,7 +67,7 @@ def reached(stage: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     shown = [(label, metrics[name]) for name, label in REACHED.get(stage, []) if metrics.get(name) is not None]
     lines = [f"{label} {value:.3f}" for label, value in (shown if stage == "rlhf" else shown[:1])]
     before, after = (results.get("rlhf", {}).get(when, {}) for when in ("before", "metrics"))
-    for name, label in (("eval/reward/true", "held-out true score"), ("eval/reward/mean", "held-out learned reward")):
+    for name, label in (("eval/reward/true", "held-out true score"), ("eval/reward/mean", "held-out reward")):
         if stage == "sft" and name in before and label.endswith("score"):
             lines.append(f"{label} {before[name]:.3f}")
         if stage == "rlhf" and name in before and name in after:
