@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,17 @@ def test_final_number(text: str, number: str | None):
 )
 def test_a_marked_answer_goes_before_the_last_number(text: str, number: str):
     assert final_number(text) == number
+
+
+@pytest.mark.realdata
+def test_every_reference_of_grade_school_mathematics(shared_data: Path):
+    """What stands behind "####" is what is read out of the whole solution."""
+    for file in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
+        lines = (shared_data / "math" / file).read_text(encoding="utf-8").splitlines()
+        assert len(lines) > 1000
+        for solution in (json.loads(line)["answer"] for line in lines):
+            number = solution.rpartition("####")[2].strip().replace(",", "")
+            assert final_number(solution) == canonical(Fraction(number))
 
 
 def spellings(value: Fraction, rng: random.Random) -> list[str]:
