@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from importlib.util import find_spec
@@ -65,7 +65,11 @@ def compose_unchecked(stage: str, overrides: Sequence[str] = (), config_dir: str
         try:
             return hydra_compose(config_name=stage, overrides=[*search, *overrides])
         except Exception as error:
-            raise _explained(error, stage, overrides) from error
+            twice = re.search(r"Multiple values for ([\w.@]*\w)", str(error))  # an experiment has that part already
+            again = [o[1:] if twice and o.startswith(f"+{twice[1]}=") else o for o in overrides]
+            if again == list(overrides):
+                raise _explained(error, stage, overrides) from error
+    return compose_unchecked(stage, again, config_dir)
 
 
 @cache
@@ -117,17 +121,26 @@ def _as_hydra(overrides: Sequence[str], stage: str, config_dir: str | None) -> l
             raise ConfigError("this is not path=value", where=override, fix=fix)
         if path == EXPERIMENT:
             value = _experiment(value, stage, config_dir)
-        group = _group_of(hints.get(path))
+        general = _general(path, hints)
+        group = _group_of(hints.get(general))
+        if group and value == "null" and general != path:
+            fix = f"Set {'.weights.'.join(path.rsplit('.parts.', 1))}=0, and it is only watched."
+            raise ConfigError("a part cannot be taken away", where=path, fix=fix)
         if group not in (None, path):
             path = f"{group}@{path}"  # true_reward=answer chooses from the group `reward`
         if value == "null" and (group or path == EXPERIMENT):
             given.append(f"~{path}")
             continue
-        parent = next((p for p in _parents(path) if typing.get_origin(hints.get(p)) is dict), None)
-        hint = typing.get_args(hints[parent])[1] if parent else hints.get(path)
+        if group and general.endswith(".*"):
+            given = [g for g in given if not g.startswith(f"+{path}=")]
+            given.append(f"+{path}={value}")  # a choice that no defaults list has yet
+            continue
+        dicts = [p for p in _parents(path) if typing.get_origin(hints.get(p)) is dict]
+        parent = dicts[0] if dicts and general == path else None  # below a choice, keys are its own and not open
+        hint = typing.get_args(hints[parent])[1] if parent else hints.get(general)
         if str in (hint, *members(hint)) and value not in ("", "null", "???") and not _IN_QUOTES.fullmatch(value):
             value = _quoted(value)
-        is_open = parent or typing.get_origin(hints.get(path)) is dict
+        is_open = parent or typing.get_origin(hints.get(general)) is dict
         given.append(f"{'++' if is_open else ''}{path}={value}")
     return given
 
@@ -183,6 +196,23 @@ def _paths(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
         yield f"{prefix}{name}", hint
         for config in _configs_of(hint):
             yield from _paths(config, f"{prefix}{name}.")
+        element = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+        if configs := _configs_of(
+            element
+        ):  # a mapping whose keys are the user's and whose values are choices of a group
+            yield f"{prefix}{name}.*", element
+            for config in configs:
+                if config is not kind:  # one that held its own kind would have no end
+                    yield from _paths(config, f"{prefix}{name}.*.")
+
+
+def _general(path: str, hints: Mapping[str, Any]) -> str:
+    """`reward.parts.brief.max` -> `reward.parts.*.max`, as `_paths` has it."""
+    parent = next((p for p in _parents(path) if f"{p}.*" in hints), None)
+    if parent is None:
+        return path
+    rest = path.removeprefix(f"{parent}.").partition(".")[2]
+    return f"{parent}.*.{rest}" if rest else f"{parent}.*"
 
 
 def _configs_of(hint: Any) -> list[type]:
@@ -219,7 +249,8 @@ def _did_you_mean(name: str, candidates: Sequence[str]) -> str:
 
 
 def _missing(path: str, stage: str) -> ConfigError:
-    group = _group_of(dict(_paths(options(STAGE)[stage].config, "")).get(path.removesuffix(".name")))
+    hints = dict(_paths(options(STAGE)[stage].config, ""))
+    group = _group_of(hints.get(_general(path.removesuffix(".name"), hints)))
     if group is not None and path.endswith(".name"):
         fix = f"Begin its YAML with `defaults: [NAME_schema]`; NAME is one of {', '.join(options(group))}."
         return ConfigError(f"this choice of {group} does not say what it configures", where=path, fix=fix)
@@ -229,8 +260,14 @@ def _missing(path: str, stage: str) -> ConfigError:
 def _unknown(path: str, stage: str) -> ConfigError:
     """A path that the composed config lacks: of another option, of another stage, or of none."""
     hints = dict(_paths(options(STAGE)[stage].config, ""))
+    if (general := _general(path, hints)) != path:  # below a name of the user's: speak of that one, not of `*`
+        part = path.removesuffix(general.partition(".*")[2])
+        if part == path:
+            fix = f"Choose what it is: {path}=NAME, one of {', '.join(options(_group_of(hints[general]) or ''))}."
+            return ConfigError("there is no such part", where=path, fix=fix)
+        hints = {p.replace(general.partition("*")[0] + "*", part, 1): hint for p, hint in hints.items()}
     for parent in _parents(path) if path in hints else ():
-        field, group = path.removeprefix(f"{parent}."), _group_of(hints[parent])
+        field, group = path.removeprefix(f"{parent}."), _group_of(hints.get(parent))
         owners = [o.name for o in options(group or "").values() if field in dict(_paths(o.config, ""))]
         if owners:
             fix = f"Choose {' or '.join(f'{parent}={name}' for name in owners)}, or leave it out."
@@ -301,7 +338,9 @@ def _explained(error: Exception, stage: str, overrides: Sequence[str]) -> Config
         fix = f"llmscale {stage} --help shows every key with its default."
         return ConfigError(message, where=f"{in_file[1]}.yaml" if in_file else None, fix=fix)
     field, _, item = path.partition("[")
-    hint = hints.get(field)
+    hint = hints.get(_general(field, hints))
+    if hint is None and typing.get_origin(hints.get(field.rpartition(".")[0])) is dict:  # a key of the user's
+        hint = typing.get_args(hints[field.rpartition(".")[0]])[1]
     if item and hint is not None:
         hint = next(typing.get_args(member)[0] for member in members(hint) if typing.get_args(member))
     if hint is None or re.search(r"not in|No match|for root: NoneType", f"{error} {cause}"):

@@ -96,10 +96,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any, key: str = "") -> Any:
-    if value is not None and re.search(r"(^|_)(token|secret|password|key)$", key, re.IGNORECASE):
-        return "<redacted>"
     if dataclasses.is_dataclass(value):
         return to_dict(value)
+    if value is not None and re.search(r"(^|_)(token|secret|password|key)$", key, re.IGNORECASE):
+        return "<redacted>"
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):
@@ -139,6 +139,8 @@ def _typed(hint: Any, value: Any) -> Any:
     args = typing.get_args(hint)
     if isinstance(value, list):
         return [_typed(args[0], v) if args else v for v in value]
+    if isinstance(value, Mapping):
+        return {k: _typed(args[1], v) if args else v for k, v in value.items()}
     return value
 
 
@@ -179,12 +181,15 @@ def _problems(config: Any, prefix: str) -> Iterator[Problem]:
     known = next((o for o in _OPTIONS.values() if o.config is type(config)), None)
     if known is not None and known.group != STAGE and config.name != known.name:
         yield f"{prefix}name", "is not set, but chosen", f"Write {prefix.rstrip('.')}={config.name}."
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    items = {
+        f"{name}.{key}": v for name, value in fields.items() if isinstance(value, dict) for key, v in value.items()
+    }
+    for name, value in (fields | items).items():
         if dataclasses.is_dataclass(value):
-            yield from _problems(value, f"{prefix}{f.name}.")
+            yield from _problems(value, f"{prefix}{name}.")
         elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{prefix}{f.name}", f"must be a finite number, is {value}", "Give it in digits."
+            yield f"{prefix}{name}", f"must be a finite number, is {value}", "Give it in digits."
     if hasattr(config, "problems"):
         for path, what, fix in config.problems():
             yield f"{prefix}{path}", what, fix

@@ -132,10 +132,20 @@ class RolloutEngine(Protocol):
         ...
 
 
-class RewardFunction(Protocol):
-    """Scores whole samples. A sample that cannot be scored is an error, never a silent zero."""
+@dataclass(frozen=True)
+class Score:
+    """What a reward function says of one sample."""
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]: ...
+    value: float | None  # None: it could not be scored, so the sample is left out of the step
+    parts: Mapping[str, float] = field(default_factory=dict)  # name -> what it contributed, before its weight
+    why: str = ""  # the reason, for people; always there where the value is None
+
+
+class RewardFunction(Protocol):
+    """Scores whole samples, each by itself. One that cannot be scored says so in its Score or stops the run; it is never a
+    silent zero."""
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]: ...
 
 
 class Tracker(Protocol):

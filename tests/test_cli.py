@@ -70,7 +70,7 @@ def test_help_of_a_stage_shows_its_own_defaults_and_choices(llmscale):
     assert "optim.lr=0.0001 " in out, "of conf/rlhf.yaml, not of the dataclass"
     assert "reward.path=${run.dir}/${run.name}/reward" in out
     assert "fp32 | bf16" in out
-    assert "answer, function, [learned]" in out
+    assert "[learned], length" in out
     assert "Peak learning rate" in out
     assert "model.path=(needed)" in llmscale("generate", "-h")[1]
 

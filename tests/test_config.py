@@ -35,6 +35,15 @@ NEEDED = {
     "chat": ["model.path=m"],
 }
 
+REWARD_NEEDS = {
+    "learned": ["reward.path=r"],
+    "function": ["reward.path=r.py:f"],
+    "regex": ["reward.pattern=x"],
+    "http": ["reward.url=http://h/score"],
+    "safety": ["reward.words=[w]"],
+    "sum": ["reward.parts.brief=length"],
+}
+
 
 def composed(stage: str, *overrides: str, config_dir: Path | None = None) -> Any:
     return compose(stage, [*NEEDED[stage], *overrides], str(config_dir) if config_dir else None)
@@ -68,7 +77,8 @@ def test_the_stages_are_all_here():
 
 @pytest.mark.parametrize(("experiment", "stage"), EXPERIMENTS)
 def test_every_experiment_composes_and_survives_freezing(experiment: str, stage: str, tmp_path: Path):
-    config = composed(stage, f"experiment={experiment}")
+    needed = [n for n in NEEDED[stage] if not n.startswith("reward.path")]  # an experiment says what its reward is
+    config = compose(stage, [*needed, f"experiment={experiment}"])
     frozen = tmp_path / "config.yaml"
     frozen.write_text(to_yaml(config))
     assert load(frozen) == config
@@ -86,8 +96,9 @@ def test_every_experiment_composes_and_survives_freezing(experiment: str, stage:
     ],
 )
 def test_every_choice_composes(stage: str, override: str):
-    needed = [n for n in NEEDED[stage] if override != "reward=answer" or not n.startswith("reward.path")]
-    more = ["reward.path=r.py:f"] if override == "reward=function" else []
+    of_reward = override.partition("=")[2] if override.startswith("reward=") else "learned"
+    needed = [n for n in NEEDED[stage] if not n.startswith("reward.path")]
+    more = REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else []
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
     assert compose(stage, [*needed, override, *more]).stage == stage
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llmscale.batch import Trajectory
 from llmscale.errors import ConfigError, WorkerError
-from llmscale.rewards.config import FunctionConfig
+from llmscale.protocols import Score
+from llmscale.rewards.config import FunctionConfig, OnError
 
 
 class FunctionReward:
@@ -28,14 +29,19 @@ class FunctionReward:
             raise ConfigError(f"cannot run {file}: {type(error).__name__}: {error}", where="reward.path") from error
         if not callable(getattr(module, name, None)):
             raise ConfigError(f"{file} has no function {name!r}", where="reward.path")
-        self.path, self.function = config.path, getattr(module, name)
+        self.path, self.function, self.on_error = config.path, getattr(module, name), config.on_error
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         return [self._score(t) for t in trajectories]
 
-    def _score(self, trajectory: Trajectory) -> float:
+    def _score(self, trajectory: Trajectory) -> Score:
         try:
-            return float(self.function(trajectory.prompt.text, trajectory.completion, dict(trajectory.prompt.fields)))
+            given = self.function(trajectory.prompt.text, trajectory.completion, dict(trajectory.prompt.fields))
+            return Score(float(given))
         except Exception as error:  # the user's code may raise anything; it is named and passed on, never a silent zero
+            what = f"{type(error).__name__}: {error}"
+            if self.on_error is OnError.exclude:
+                return Score(None, why=f"{self.path}: {what}")
             where = f"{self.path}, draw {trajectory.draw_id}, sample {trajectory.sample_index}"
-            raise WorkerError(f"{type(error).__name__}: {error}", where=where, fix="Mend the function.") from error
+            fix = "Mend the function; reward.on_error=exclude leaves such samples out."
+            raise WorkerError(what, where=where, fix=fix) from error

@@ -15,6 +15,7 @@ from llmscale.batch import Trajectory, token_tensors
 from llmscale.errors import ModelError
 from llmscale.functional import last_token
 from llmscale.models.loading import ScalarModel, has_scalar_head, load_scalar_model, load_tokenizer
+from llmscale.protocols import Score
 from llmscale.rewards.config import Combine, LearnedConfig
 
 BATCH_SIZE = 32  # rows of one forward
@@ -28,12 +29,16 @@ class LearnedReward:
         self.config = config
         self.members = [load_reward_model(path, where, tokenizer, of="completions") for where, path in config.members()]
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        rewards = self.combined(self.by_member(trajectories)).tolist()
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        scores = self.by_member(trajectories)
+        rewards = self.combined(scores).tolist()
         unfinished = self.config.unfinished
-        if unfinished is None:
-            return rewards
-        return [r if t.finished else unfinished for r, t in zip(rewards, trajectories, strict=True)]
+        if unfinished is not None:
+            rewards = [r if t.finished else unfinished for r, t in zip(rewards, trajectories, strict=True)]
+        if len(self.members) == 1:
+            return [Score(reward) for reward in rewards]
+        spread = disagreement(scores).tolist()
+        return [Score(reward, {"disagreement": d}) for reward, d in zip(rewards, spread, strict=True)]
 
     @torch.no_grad()
     def by_member(self, trajectories: Sequence[Trajectory]) -> np.ndarray:

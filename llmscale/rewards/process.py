@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from llmscale.batch import Trajectory
+from llmscale.protocols import Score
 from llmscale.rewards.config import Aggregation, ProcessRewardConfig
 from llmscale.rewards.learned import batches, load_reward_model
 from llmscale.steps import StepFinder
@@ -26,8 +27,8 @@ class ProcessReward:
         self.model = load_reward_model(config.path, "reward.path", tokenizer, of="steps")
         self.finder = StepFinder(tokenizer)
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        return [aggregated(steps, self.config.aggregation) for steps in self.by_step(trajectories)]
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        return [Score(aggregated(steps, self.config.aggregation)) for steps in self.by_step(trajectories)]
 
     @torch.no_grad()
     def by_step(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:

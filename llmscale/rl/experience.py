@@ -5,9 +5,8 @@ Legend: B trajectories, T tokens of the longest.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
 
@@ -53,6 +52,8 @@ class Scored:
     old_logprobs: np.ndarray  # the trainer's, before the update
     ref_logprobs: np.ndarray | None
     values: np.ndarray | None  # the critic's, of the state before each token
+    parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, before their weights
+    why: str = ""  # the reward's own reason
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,6 @@ def build_experience(
         metrics["kl/ref"] = float(kl.sum(1).mean())  # nats per trajectory
     if scored[0].values is not None:
         metrics["value/explained_var"] = explained_variance(value, returns, mask)
-    true = [s.true_reward for s in scored if s.true_reward is not None]
-    if true:
-        metrics["reward/true"] = float(np.mean(true))
     rows = {"old_logprobs": old, "ref_logprobs": ref, "old_values": value}
     rows |= {"advantages": advantages, "returns": returns, "importance": importance}
     experience = []
@@ -133,17 +131,6 @@ def overlong_penalty(num_tokens: int, limit: int, share: float, penalty: float) 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant."""
     return float(1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12))
-
-
-def check_rewards(trajectories: Sequence[Trajectory], rewards: Sequence[float]) -> None:
-    """Raises: NumericsError naming the first sample whose reward is not finite."""
-    for trajectory, reward in zip(trajectories, rewards, strict=True):
-        if not math.isfinite(reward):
-            raise NumericsError(
-                f"the reward of {trajectory.completion!r} is {reward}",
-                where=f"draw {trajectory.draw_id}, sample {trajectory.sample_index}",
-                fix="A reward must be a finite number for every completion.",
-            )
 
 
 def check_on_policy(metrics: dict[str, float], max_logprob_diff: float) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from llmscale.data.loader import micro_batches
 from llmscale.data.splits import load_prompts
 from llmscale.errors import Requeue, RunError
 from llmscale.models.loading import load_tokenizer, saved_context_length
-from llmscale.protocols import SamplingRequest
-from llmscale.rl.experience import check_rewards
+from llmscale.protocols import SamplingRequest, Score
+from llmscale.rl.admission import admitted, check_finite, unscored
 from llmscale.stages.collected import write_collected
 from llmscale.stages.config import CollectConfig, check_context
 from llmscale.stages.rlhf_run import check_columns, sample_record
@@ -40,7 +41,7 @@ from llmscale.training.stop import signals
 ROLES = {"reward": RewardRole, "rollout": RolloutRole}
 NUM_SAMPLES = "collect/samples"  # of a step, among its metrics: so many lines of samples.jsonl make it whole
 
-Scored = tuple[Trajectory, float, float | None]  # with its reward and true reward
+Scored = tuple[Trajectory, Score, float, float | None]  # with its score, reward and true reward
 
 
 def run(config: CollectConfig) -> dict[str, Any]:
@@ -102,13 +103,14 @@ class Collection:
             started = time.perf_counter()
             trajectories = self.generate(step, pools["rollout"])
             generated = time.perf_counter()
-            scored = self.score(trajectories, pools["reward"])
+            scored = self.score(step, trajectories, pools["reward"])
             metrics = step_metrics(scored)
             metrics["timing_s/generate"] = generated - started
             metrics["timing_s/score"] = time.perf_counter() - generated
             num_tokens = sum(t.completion_len for t in trajectories)
             metrics["perf/tokens_per_s"] = num_tokens / (time.perf_counter() - started)
-            self.tracker.samples(step, [sample_record(*sample) for sample in scored])
+            records = [sample_record(t, reward, true, score.parts, score.why) for t, score, reward, true in scored]
+            self.tracker.samples(step, records)
             self.tracker.log(step, metrics)
             if signals.received and step < self.num_steps:
                 raise Requeue(f"stopped and saved at step {step}; the same command resumes")
@@ -124,13 +126,21 @@ class Collection:
         units = micro_batches(requests, max(1, config.rollout.unit_size // max(1, config.num_beams)))
         return [t for unit in pool.units(RolloutRole.generate, units).wait() for t in unit]
 
-    def score(self, trajectories: Sequence[Trajectory], pool: WorkerPool) -> list[Scored]:
+    def score(self, step: int, trajectories: Sequence[Trajectory], pool: WorkerPool) -> list[Scored]:
+        """Those that could be scored; the others are named in events.jsonl."""
         units = micro_batches(trajectories, self.config.rollout.unit_size)
         pairs = [pair for unit in pool.units(RewardRole.score, units).wait() for pair in unit]
-        check_rewards(trajectories, [reward for reward, _ in pairs])
-        if self.config.true_reward is not None:
-            check_rewards(trajectories, [float(true) for _, true in pairs])
-        return [(t, reward, true) for t, (reward, true) in zip(trajectories, pairs, strict=True)]
+        scores = [score if true is None or true.value is not None else true for score, true in pairs]
+        check_finite(trajectories, scores)
+        for sample in unscored(trajectories, scores):
+            self.tracker.event("sample_excluded", step=step, **asdict(sample))
+        kept = admitted(trajectories, scores, whole_draws=False)
+        found = []
+        for i in kept:
+            score, true = pairs[i]
+            assert score.value is not None, "it was admitted"
+            found.append((trajectories[i], score, score.value, true.value if true is not None else None))
+        return found
 
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
@@ -153,16 +163,16 @@ class Collection:
 
 def step_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     best: dict[int, float] = {}
-    for trajectory, reward, _ in scored:
+    for trajectory, _, reward, _ in scored:
         best[trajectory.draw_id] = max(reward, best.get(trajectory.draw_id, reward))
-    true = [value for _, _, value in scored if value is not None]
+    true = [value for *_, value in scored if value is not None]
     return {
         NUM_SAMPLES: len(scored),
-        "reward/mean": float(np.mean([reward for _, reward, _ in scored])),
+        "reward/mean": float(np.mean([reward for _, _, reward, _ in scored])),
         "reward/best": float(np.mean(list(best.values()))),
         **({"reward/true": float(np.mean(true))} if true else {}),
-        "rollout/completion_len": float(np.mean([t.completion_len for t, _, _ in scored])),
-        "rollout/cut_off": sum(not t.finished for t, _, _ in scored) / len(scored),
+        "rollout/completion_len": float(np.mean([t.completion_len for t, *_ in scored])),
+        "rollout/cut_off": sum(not t.finished for t, *_ in scored) / len(scored),
     }
 
 

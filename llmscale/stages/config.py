@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -16,7 +17,7 @@ from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
-from llmscale.rewards.config import LearnedConfig, RewardConfig
+from llmscale.rewards.config import LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
 from llmscale.rollout.config import RolloutConfig
 from llmscale.tracking.config import TrackingConfig
@@ -133,6 +134,13 @@ class CriticConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+class OnNonfinite(Enum):
+    """What happens to a sample whose reward is NaN or infinite."""
+
+    stop = "stop"  # end the run, naming draw and sample
+    drop = "drop"  # leave it out of the step; counted and recorded, like one that could not be scored
+
+
 @option(STAGE, "rlhf", builds="llmscale.stages.rlhf_run:run")
 @dataclass
 class RlhfConfig(TrainedConfig):
@@ -141,6 +149,7 @@ class RlhfConfig(TrainedConfig):
     stage: str = "rlhf"
     algorithm: AlgorithmConfig = MISSING
     reward: RewardConfig = MISSING
+    on_nonfinite: OnNonfinite = OnNonfinite.stop  # a sample whose reward is NaN or infinite
     true_reward: RewardConfig | None = None  # only logged, as reward/true: what the reward stands for, where known
     rollout: RolloutConfig = MISSING
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -167,8 +176,9 @@ class RlhfConfig(TrainedConfig):
 
     @property
     def critic_path(self) -> str:
-        """InstructGPT starts the critic from the reward model."""
-        learned = self.reward.path if isinstance(self.reward, LearnedConfig) else None
+        """InstructGPT starts the critic from the reward model; of several, the first."""
+        parts = (part for _, part in flattened(self.reward, "reward"))
+        learned = next((part.path for part in parts if isinstance(part, LearnedConfig)), None)
         return self.critic.path or learned or str(self.model.path)
 
     def problems(self) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,33 +19,40 @@ from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
-from llmscale.protocols import SamplingRequest
+from llmscale.protocols import SamplingRequest, Score
+from llmscale.rewards.diversity import diversity_metrics
+from llmscale.rl.admission import admitted, check_finite, reward_metrics, true_metrics, unscored, without_nonfinite
 from llmscale.rl.experience import (
     Experience,
     Scored,
     build_experience,
     check_first_update,
     check_on_policy,
-    check_rewards,
     groups_of,
     is_informative,
     minibatches,
     overlong_penalty,
 )
 from llmscale.rl.kl import AdaptiveCoefficient
-from llmscale.stages.config import RlhfConfig
+from llmscale.stages.config import OnNonfinite, RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
 
 Metrics = dict[str, float]
+Sampled = tuple[Trajectory, Score, Score | None]  # with its reward and true reward
 
 
 class Rlhf:
     """One run's algorithm over its pools. `step` counts the finished steps; all else is a function of it and the seed."""
 
     def __init__(
-        self, config: RlhfConfig, prompts: Split[Prompt], pools: Mapping[str, WorkerPool], versions: VersionCounter
+        self,
+        config: RlhfConfig,
+        prompts: Split[Prompt],
+        pools: Mapping[str, WorkerPool],
+        versions: VersionCounter,
+        event: Callable[..., None],
     ):
-        self.config, self.prompts, self.pools, self.versions = config, prompts, pools, versions
+        self.config, self.prompts, self.pools, self.versions, self.event = config, prompts, pools, versions, event
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
         self.kl_coef = AdaptiveCoefficient(
@@ -57,8 +65,9 @@ class Rlhf:
     def iterate(self) -> tuple[Metrics, list[Scored]]:
         """One step: what it measured, and the samples that it learned from."""
         self.timings = {}
-        scored = self.collect()
-        experience, metrics = build_experience(self.algorithm, scored, self.kl_coef.value)
+        scored, metrics = self.collect()
+        experience, found = build_experience(self.algorithm, scored, self.kl_coef.value)
+        metrics |= found
         check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)
@@ -71,20 +80,28 @@ class Rlhf:
         metrics["perf/tokens_per_s"] = sum(s.trajectory.completion_len for s in scored) / sum(self.timings.values())
         return metrics | self.timings, scored
 
-    def collect(self) -> list[Scored]:
+    def collect(self) -> tuple[list[Scored], Metrics]:
         """Sample and score this step's prompts; where `filter_groups`, others for those whose samples all got the same reward,
-        which teach nothing (dynamic sampling: Yu et al. 2025, section 3.2)."""
+        which teach nothing (dynamic sampling: Yu et al. 2025, section 3.2). Metrics are of all that was sampled."""
         algorithm, wanted = self.config.algorithm, self.config.training.prompts_per_step
         kept: list[list[Scored]] = []
+        sampled: list[Sampled] = []
+        num_scored = 0
         for _ in range(algorithm.max_draws if algorithm.filter_groups else 1):
             with self.timed("generate"):
                 trajectories = self.sample(self.draw(wanted - len(kept)))
             with self.timed("score"):
-                groups = groups_of(self.score(trajectories))
+                scored, fresh = self.score(trajectories)
+            sampled += fresh
+            num_scored += len(scored)
+            groups = groups_of(scored)
             kept += [g for g in groups if not algorithm.filter_groups or is_informative(g)]
             if len(kept) == wanted:
                 break
-        return [scored for group in kept or groups for scored in group]  # none of them teaches: an update of nothing
+        metrics = reward_metrics([s for _, s, _ in sampled], num_scored) | true_metrics([t for *_, t in sampled])
+        metrics |= diversity_metrics([t for t, *_ in sampled])
+        # Where none of them teaches, an update of nothing.
+        return [sample for group in kept or groups for sample in group], metrics
 
     def draw(self, num_prompts: int) -> list[SamplingRequest]:
         """The next prompts, `group_size` samples of each."""
@@ -98,16 +115,27 @@ class Rlhf:
         units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests)).wait()
         return [trajectory for unit in units for trajectory in unit]
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
-        """Rewards, and every model's view of every token; the four pools work side by side."""
+    def score(self, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
+        """Rewards, and every model's view of every token; the four pools work side by side. Samples without a reward are left
+        out of the first list."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
         old_logprobs = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
         ref_logprobs = self.view("reference", ReferenceRole.logprobs, trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
-        pairs = [pair for unit in rewards.wait() for pair in unit]
-        check_rewards(trajectories, [reward for reward, _ in pairs])
-        views = zip(trajectories, pairs, old_logprobs.wait(), ref_logprobs(), values(), strict=True)
-        return [Scored(t, r + self.penalty(t), true, old, ref, value) for t, (r, true), old, ref, value in views]
+        scores, true = self.rewards(trajectories, rewards.wait(), self.step + 1)
+        kept = admitted(trajectories, scores, whole_draws=self.config.algorithm.needs_groups)
+        views = [old_logprobs.wait(), ref_logprobs(), values()]
+        scored = [self.scored(trajectories[i], scores[i], true[i], [view[i] for view in views]) for i in kept]
+        return scored, list(zip(trajectories, scores, true, strict=True))
+
+    def scored(self, trajectory: Trajectory, score: Score, true: Score | None, views: Sequence[Any]) -> Scored:
+        assert score.value is not None, "it was admitted"
+        algorithm, limit = self.config.algorithm, self.config.rollout.max_new_tokens
+        length, share = trajectory.completion_len, algorithm.overlong_share
+        reward = score.value + overlong_penalty(length, limit, share, algorithm.overlong_penalty)
+        true_reward = true.value if true is not None else None
+        old, ref, values = views
+        return Scored(trajectory, reward, true_reward, old, ref, values, score.parts, score.why)
 
     def view(
         self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]
@@ -117,9 +145,17 @@ class Rlhf:
             return lambda: [None] * len(trajectories)
         return self.pools[role].map(method, trajectories).wait
 
-    def penalty(self, trajectory: Trajectory) -> float:
-        algorithm, limit = self.config.algorithm, self.config.rollout.max_new_tokens
-        return overlong_penalty(trajectory.completion_len, limit, algorithm.overlong_share, algorithm.overlong_penalty)
+    def rewards(
+        self, trajectories: Sequence[Trajectory], units: Sequence[Sequence[tuple[Score, Score | None]]], step: int
+    ) -> tuple[list[Score], list[Score | None]]:
+        """The rewards and the true ones, as the reward workers gave them; what cannot be used is recorded, or stops the run."""
+        scores, true = [s for unit in units for s, _ in unit], [t for unit in units for _, t in unit]
+        if self.config.on_nonfinite is OnNonfinite.stop:
+            check_finite(trajectories, scores)
+        scores = without_nonfinite(scores)
+        for sample in unscored(trajectories, scores):
+            self.event("sample_excluded", step=step, **asdict(sample))
+        return scores, true
 
     def update(self, experience: Sequence[Experience]) -> Metrics:
         """Every epoch over every minibatch, policy and critic side by side."""
@@ -148,14 +184,13 @@ class Rlhf:
         with self.timed("evaluate"):
             trajectories = self.sample([SamplingRequest(p, -1 - i, 0) for i, p in enumerate(self.prompts.validation)])
             units = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories)).wait()
-        rewards = [reward for unit in units for reward, _ in unit]
-        true = [value for unit in units for _, value in unit if value is not None]
-        check_rewards(trajectories, rewards)
-        metrics = {"eval/reward/mean": float(np.mean(rewards))} | (
-            {"eval/reward/true": float(np.mean(true))} if true else {}
-        )
-        metrics["eval/rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
-        return metrics | {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
+        scores, true = self.rewards(trajectories, units, self.step)
+        kept = admitted(trajectories, scores, whole_draws=False)
+        metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
+        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | diversity_metrics(trajectories)
+        metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
+        timing = {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
+        return {f"eval/{name}": value for name, value in metrics.items()} | timing
 
     def units_of(self, items: Sequence[Any]) -> list[list[Any]]:
         """Fixed dispatch units: what one holds does not depend on the number of workers."""

@@ -22,6 +22,8 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
+from llmscale.rewards.config import flattened
+from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
 from llmscale.stages.config import CollectConfig, RlhfConfig, check_context
 from llmscale.stages.rlhf import Metrics, Rlhf
@@ -93,7 +95,8 @@ class RlhfRun:
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
-        rlhf = Rlhf(self.config, self.prompts, pools, VersionCounter(self.directory.path / "weight_version"))
+        versions = VersionCounter(self.directory.path / "weight_version")
+        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         state.register("kl_coef", rlhf.kl_coef)
@@ -108,7 +111,7 @@ class RlhfRun:
                 metrics, samples = rlhf.iterate()
                 if self.due(rlhf.step, training.eval_every_steps):
                     metrics |= rlhf.evaluate()
-                self.tracker.samples(rlhf.step, [sample_record(s.trajectory, s.reward, s.true_reward) for s in samples])
+                self.tracker.samples(rlhf.step, [record_of(s) for s in samples])
                 self.tracker.log(rlhf.step, metrics)
                 stop = signals.received
                 if stop or self.due(rlhf.step, training.save_every_steps):
@@ -189,13 +192,14 @@ class Progress:
 
 def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
-    for name in ("reward", "true_reward"):
-        reward = getattr(config, name)
-        for column in reward.needs_columns() if reward is not None else []:
+    rewards = [*flattened(config.reward, "reward")]
+    rewards += flattened(config.true_reward, "true_reward") if config.true_reward is not None else []
+    for where, reward in rewards:
+        for column in reward.needs_columns():
             lacking = next((p for p in prompts if column not in p.fields), None)
             if lacking is not None:
-                what = f"{name}={reward.name} needs the column {column!r}, which the prompt {lacking.text!r} lacks"
-                raise ConfigError(what, where=f"{name}.column", fix=f"It has: {', '.join(lacking.fields) or 'none'}.")
+                what = f"{where}={reward.name} needs the column {column!r}, which the prompt {lacking.text!r} lacks"
+                raise ConfigError(what, where=f"{where}.column", fix=f"It has: {', '.join(lacking.fields) or 'none'}.")
 
 
 def plan(config: RlhfConfig) -> dict[str, Any]:
@@ -214,7 +218,13 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
     }
 
 
-def sample_record(trajectory: Trajectory, reward: float, true_reward: float | None) -> dict[str, Any]:
+def record_of(sample: Scored) -> dict[str, Any]:
+    return sample_record(sample.trajectory, sample.reward, sample.true_reward, sample.parts, sample.why)
+
+
+def sample_record(
+    trajectory: Trajectory, reward: float, true_reward: float | None, parts: Mapping[str, float], why: str
+) -> dict[str, Any]:
     """A line of samples.jsonl, complete enough to train from."""
     return {
         "draw_id": trajectory.draw_id,
@@ -222,6 +232,8 @@ def sample_record(trajectory: Trajectory, reward: float, true_reward: float | No
         "prompt": trajectory.prompt.text,
         "completion": trajectory.completion,
         "reward": reward,
+        "reward_parts": dict(parts),
+        "reward_why": why,
         "true_reward": true_reward,
         "finished": trajectory.finished,
         "token_ids": trajectory.token_ids.tolist(),

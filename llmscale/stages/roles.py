@@ -24,7 +24,8 @@ from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
 from llmscale.optim.config import OptimConfig
-from llmscale.protocols import Forward, Objective, RolloutEngine, SamplingRequest, TrainEngine
+from llmscale.protocols import Forward, Objective, RolloutEngine, SamplingRequest, Score, TrainEngine
+from llmscale.rewards.weighted import build_reward
 from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rollout.beam import BeamSearch
@@ -129,14 +130,16 @@ class RewardRole:
     def __init__(self, config_file: str):
         config: RlhfConfig | CollectConfig = load(Path(config_file))
         tokenizer = load_tokenizer(str(config.model.path))
-        self.reward = build(config.reward, tokenizer)
-        self.true_reward = build(config.true_reward, tokenizer) if config.true_reward is not None else None
+        self.reward = build_reward(config.reward, tokenizer, "reward")
+        self.true_reward = None
+        if config.true_reward is not None:
+            self.true_reward = build_reward(config.true_reward, tokenizer, "true_reward")
 
-    def score(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, float | None]]:
+    def score(self, trajectories: Sequence[Trajectory]) -> list[tuple[Score, Score | None]]:
         """(reward, true reward) of each trajectory; the second is None where none is configured."""
-        rewards = self.reward(trajectories)
-        true = self.true_reward(trajectories) if self.true_reward is not None else [None] * len(rewards)
-        return list(zip(rewards, true, strict=True))
+        scores = self.reward(trajectories)
+        true = self.true_reward(trajectories) if self.true_reward is not None else [None] * len(scores)
+        return list(zip(scores, true, strict=True))
 
 
 class RolloutRole:

@@ -17,7 +17,7 @@ REACHED = {
     "sft": [("eval/loss", "validation loss"), ("train/loss", "training loss")],
     "reward": [("eval/accuracy", "held-out pairwise accuracy"), ("train/accuracy", "training pairwise accuracy")],
     "process": [("eval/accuracy", "held-out accuracy of steps"), ("train/accuracy", "training accuracy of steps")],
-    "rlhf": [("reward/mean", "learned reward"), ("kl/ref", "KL to the SFT model")],
+    "rlhf": [("reward/mean", "reward"), ("kl/ref", "KL to the SFT model")],
     "collect": [("rankings/records", "rankings"), ("sft/records", "conversations for SFT")],
 }
 
@@ -86,7 +86,7 @@ def reached(stage: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if verdict := results[stage].get("overoptimisation"):
         lines.append(verdict)
     before, after = (results.get("rlhf", {}).get(when, {}) for when in ("before", "metrics"))
-    for name, label in (("eval/reward/true", "held-out true score"), ("eval/reward/mean", "held-out learned reward")):
+    for name, label in (("eval/reward/true", "held-out true score"), ("eval/reward/mean", "held-out reward")):
         if stage == "sft" and name in before and label.endswith("score"):
             lines.append(f"{label} {before[name]:.3f}")
         if stage == "rlhf" and name in before and name in after:

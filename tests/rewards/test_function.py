@@ -8,7 +8,7 @@ import pytest
 
 from llmscale.config import check
 from llmscale.errors import ConfigError, LlmscaleError, WorkerError
-from llmscale.rewards.config import FunctionConfig
+from llmscale.rewards.config import FunctionConfig, OnError
 from llmscale.rewards.function import FunctionReward
 from tests.tiny import tokenizer, trajectory
 
@@ -23,14 +23,14 @@ def build(folder: Path, source: str, name: str = "reward") -> FunctionReward:
 
 def test_gets_prompt_completion_and_fields(tmp_path: Path):
     source = "def reward(prompt, completion, fields):\n    return len(prompt) + len(completion) * fields['weight']\n"
-    assert build(tmp_path, source)(SAMPLES) == [18.0, 30.0]
+    assert [s.value for s in build(tmp_path, source)(SAMPLES)] == [18.0, 30.0]
 
 
 def test_may_use_what_else_is_in_its_file_and_return_any_number(tmp_path: Path):
     source = (
         "import numpy as np\nTABLE = {'short': 3}\ndef reward(p, c, f):\n    return np.float32(TABLE.get(c, True))\n"
     )
-    result = build(tmp_path, source)(SAMPLES)
+    result = [s.value for s in build(tmp_path, source)(SAMPLES)]
     assert result == [3.0, 1.0] and all(type(x) is float for x in result)
 
 
@@ -39,15 +39,24 @@ def test_cannot_change_the_sample(tmp_path: Path):
     assert SAMPLES[0].prompt.fields["weight"] == 2
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("raise KeyError('nope')", "KeyError: 'nope'"),
-        ("return None", "TypeError"),
-        ("return 'high'", "ValueError"),
-        ("1 / 0", "ZeroDivisionError"),
-    ],
-)
+FAULTS = [
+    ("raise KeyError('nope')", "KeyError: 'nope'"),
+    ("return None", "TypeError"),
+    ("return 'high'", "ValueError"),
+    ("1 / 0", "ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), FAULTS)
+def test_a_sample_that_cannot_be_scored_can_be_left_out(tmp_path: Path, body: str, message: str):
+    (tmp_path / "mine.py").write_text(f"def reward(p, c, f):\n    if c != 'short':\n        {body}\n    return 7\n")
+    config = FunctionConfig(path=f"{tmp_path}/mine.py:reward", on_error=OnError.exclude)
+    good, bad = FunctionReward(config, tokenizer())(SAMPLES)
+    assert (good.value, bad.value) == (7.0, None)
+    assert message in bad.why and "mine.py:reward" in bad.why
+
+
+@pytest.mark.parametrize(("body", "message"), FAULTS)
 def test_a_sample_that_cannot_be_scored_is_an_error(tmp_path: Path, body: str, message: str):
     with pytest.raises(WorkerError, match=message) as caught:
         build(tmp_path, f"def reward(p, c, f):\n    {body}\n")(SAMPLES)

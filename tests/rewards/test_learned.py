@@ -14,6 +14,7 @@ from llmscale.data.tokenizer import train_tokenizer
 from llmscale.errors import ModelError
 from llmscale.models.export import save_hf
 from llmscale.models.loading import ScalarModel
+from llmscale.protocols import Score
 from llmscale.rewards.config import Combine, LearnedConfig
 from llmscale.rewards.learned import BATCH_SIZE, LearnedReward, disagreement
 from tests.tiny import language_model, scalar_model, tokenizer, trajectory
@@ -43,6 +44,11 @@ def samples() -> list[Trajectory]:
     return [trajectory(rng.integers(0, 64, n).tolist(), [0] + [1] * (n - 1), draw_id=i) for i, n in enumerate(lengths)]
 
 
+def values(scores: list[Score]) -> list[float]:
+    assert all(s.value is not None for s in scores)
+    return [float(s.value or 0.0) for s in scores]
+
+
 def own_score(model: ScalarModel, sample: Trajectory) -> float:
     ids = torch.from_numpy(sample.token_ids)[None]
     with torch.no_grad():
@@ -50,14 +56,14 @@ def own_score(model: ScalarModel, sample: Trajectory) -> float:
 
 
 def test_is_the_models_own_number_at_the_last_token(model, folder, samples):
-    rewards = LearnedReward(LearnedConfig(path=folder), tokenizer())(samples)
+    rewards = values(LearnedReward(LearnedConfig(path=folder), tokenizer())(samples))
     assert rewards == pytest.approx([own_score(model, s) for s in samples], abs=1e-5)
     assert np.std(rewards) > 0.1  # else this could not fail
 
 
 def test_the_model_standardises_by_what_it_was_saved_with(model, folder, samples):
     """The critic that starts from it speaks on the same scale."""
-    head = [(x * STD + MEAN) for x in LearnedReward(LearnedConfig(path=folder), tokenizer())(samples)]
+    head = [(x * STD + MEAN) for x in values(LearnedReward(LearnedConfig(path=folder), tokenizer())(samples))]
     ids = torch.from_numpy(samples[0].token_ids)[None]
     with torch.no_grad():
         hidden = model.hf.base_model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None]).last_hidden_state
@@ -66,14 +72,14 @@ def test_the_model_standardises_by_what_it_was_saved_with(model, folder, samples
 
 def test_a_completion_that_was_cut_off_can_have_a_reward_of_its_own(folder, samples):
     cut = [dataclasses.replace(s, finished=i % 2 == 0) for i, s in enumerate(samples)]
-    rewards = LearnedReward(LearnedConfig(path=folder, unfinished=-3.0), tokenizer())(cut)
+    rewards = values(LearnedReward(LearnedConfig(path=folder, unfinished=-3.0), tokenizer())(cut))
     assert all((r == -3.0) == (not s.finished) for r, s in zip(rewards, cut, strict=True))
 
 
 def test_a_model_saved_without_them_is_taken_as_it_is(samples, tmp_path: Path):
     model = scalar_model(seed=3)
     save_hf(model, tokenizer(), tmp_path, [dict(model.named_parameters())])
-    rewards = LearnedReward(LearnedConfig(path=str(tmp_path)), tokenizer())(samples[:3])
+    rewards = values(LearnedReward(LearnedConfig(path=str(tmp_path)), tokenizer())(samples[:3]))
     assert rewards == pytest.approx([own_score(model, s) for s in samples[:3]], abs=1e-5)
 
 
@@ -125,7 +131,8 @@ def test_an_ensemble_is_combined_from_what_each_member_says(combine, members, sa
         mean = sum(scores) / 3
         deviation = (sum((s - mean) ** 2 for s in scores) / 3) ** 0.5
         expected = {"mean": mean, "minimum": min(scores), "lower_bound": mean - 0.7 * deviation}[combine.name]
-        assert got == pytest.approx(expected, abs=1e-5)
+        assert got.value == pytest.approx(expected, abs=1e-5)
+        assert got.parts["disagreement"] == pytest.approx(deviation, abs=1e-5)
 
 
 def test_disagreement_is_the_deviation_over_the_members(members, samples):

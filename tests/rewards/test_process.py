@@ -80,7 +80,7 @@ def test_steps_become_one_number(model, folder, samples, aggregation):
     for got, one in zip(reward(folder, aggregation)(samples), samples, strict=True):
         steps = expected(model, one)
         known = {"product": math.prod(steps), "minimum": min(steps, default=0), "last": [0.0, *steps][-1]}
-        assert got == pytest.approx(known[aggregation.name] if steps else 0.0, abs=1e-5)
+        assert got.value == pytest.approx(known[aggregation.name] if steps else 0.0, abs=1e-5)
 
 
 def test_nothing_written_has_nothing_right():

@@ -11,7 +11,7 @@ from tests.rl.settings import ALGORITHMS, setting
 from tests.stages.runs import arguments, kill_when, records, succeed, weights, without_times
 
 RULE = [
-    "experiment=rules",
+    "experiment=grpo",
     "run.name=demo",
     "rollout.group_size=4",
     "training.prompts_per_step=8",

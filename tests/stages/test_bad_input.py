@@ -158,6 +158,14 @@ def mistake(argv: list[str], *hints: str) -> object:
         mistake([*FUNCTION, "reward.path=nope.py:f"], "reward.path: no such file: nope.py", "FILE.py:FUNCTION"),
         mistake([*FUNCTION, "reward.path=rewards.py:nope"], "reward.path: rewards.py has no function 'nope'"),
         mistake([*FUNCTION, "reward.path=syntax.py:boom"], "reward.path: cannot run syntax.py", "SyntaxError"),
+        mistake([*RLHF, "reward=safety", "reward.path=nope.txt"], "reward.path: cannot read nope.txt", "one word a line"),
+        mistake([*RLHF, "reward=safety", "reward.path=a_file"], "reward.path: a_file holds no word"),
+        mistake([*RLHF, "reward=regex", "reward.pattern=("], "reward.pattern: ", "no regular expression"),
+        mistake([*RLHF, "reward=http", "reward.url=http://h", "reward.token_env=NO_SUCH"], "reward.token_env: ", "NO_SUCH"),
+        mistake(
+            [*RLHF, "reward=sum", "reward.parts.clean=safety", "reward.parts.clean.path=nope.txt"],
+            "reward.parts.clean.path: cannot read nope.txt",
+        ),
         mistake([*RLHF, "reward=answer", "reward.column=nope"], "reward.column: ", "'nope'", "answer"),
     ],
 )  # fmt: skip
