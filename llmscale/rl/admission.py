@@ -1,9 +1,9 @@
 """Which samples of a step are learned from.
 
-A sample without a score teaches nothing and must not pass for one of reward 0. It is left out, and what is left is the
-gradient of the mean reward over completions that can be scored. Where the algorithm compares the completions of a prompt
-(group size above 1), a draw that has lost a sample goes as a whole: every group keeps its size, so no baseline or deviation is
-taken over fewer samples than its neighbours', and the weight of a prompt does not depend on which of its completions failed.
+A sample without a score teaches nothing and must not pass for one of reward 0. It is left out. Where the algorithm compares the
+completions of a prompt (group size above 1), a draw that has lost a sample goes as a whole, so that every group keeps its
+size. What a prompt then teaches is along the gradient of its mean reward over the completions that can be scored, neither
+towards those that cannot nor away from them (G p^G times it for a leave-one-out baseline, p the probability of one that can).
 """
 
 from __future__ import annotations
