@@ -68,12 +68,13 @@ class Rankings:
 
 
 def ranking(prompt: Prompt, samples: Sequence[Sample]) -> dict[str, Any]:
-    """`logprobs`: of each whole completion, in nats, under the distribution that was sampled or searched."""
+    """`ratings`: the rewards, for objectives with a margin. `logprobs`: of each whole completion, in nats, under the
+    distribution that was sampled or searched."""
     return {
         "messages": list(prompt.messages),
         "completions": [s["completion"] for s in samples],
         "ranks": ranks_of([s["reward"] for s in samples]),
-        "scores": [s["reward"] for s in samples],
+        "ratings": [s["reward"] for s in samples],
         "logprobs": [round(math.fsum(s["rollout_logprobs"]), 6) for s in samples],
     }
 

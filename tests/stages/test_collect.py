@@ -92,9 +92,9 @@ def test_rankings_hold_the_distinct_completions_by_reward(finished: Path) -> Non
         first = {s["completion"].strip(): s for s in reversed(group)}
         assert {c.strip() for c in ranking["completions"]} == set(first)
         duplicates += len(group) - len(first)
-        assert ranking["scores"] == [first[c.strip()]["reward"] for c in ranking["completions"]]
-        for score, rank in zip(ranking["scores"], ranking["ranks"], strict=True):
-            assert rank == 1 + len({other for other in ranking["scores"] if other > score})
+        assert ranking["ratings"] == [first[c.strip()]["reward"] for c in ranking["completions"]]
+        for score, rank in zip(ranking["ratings"], ranking["ranks"], strict=True):
+            assert rank == 1 + len({other for other in ranking["ratings"] if other > score})
         tied += len(set(ranking["ranks"])) < len(ranking["ranks"])
         for completion, logprob in zip(ranking["completions"], ranking["logprobs"], strict=True):
             assert logprob == pytest.approx(sum(first[completion.strip()]["rollout_logprobs"]), abs=1e-5)
@@ -177,7 +177,7 @@ def test_a_prompt_that_stands_in_the_data_twice_teaches_no_answer_twice(policy: 
     assert all(len(r["completions"]) == 9 for r in rankings), "a reward model takes no more"
     for ranking, group in zip(rankings, groups, strict=True):
         rewards = [s["reward"] for s in group]
-        assert max(ranking["scores"]) == max(rewards) and min(ranking["scores"]) == min(rewards)
+        assert max(ranking["ratings"]) == max(rewards) and min(ranking["ratings"]) == min(rewards)
 
 
 def test_beam_search_gives_the_likeliest_in_order(policy: Path, tmp_path: Path) -> None:
@@ -205,6 +205,8 @@ def test_a_reward_model_and_sft_train_on_what_was_collected(policy: Path, finish
         load = load_rankings if stage == "reward" else load_conversations
         split: Any = load(config, tokenizer, tmp_path / "cache")
         assert split.report["records"] == len(split.train) == num_lines(source)
+        if stage == "reward":
+            assert [list(e.ratings) for e in split.train] == [r["ratings"] for r in records(source)]
 
 
 def test_what_is_read_back_is_what_was_sampled(policy: Path, finished: Path, tmp_path: Path) -> None:
