@@ -68,8 +68,8 @@ class Rankings:
 
 
 def ranking(prompt: Prompt, samples: Sequence[Sample]) -> dict[str, Any]:
-    """`ratings`: the rewards. `logprobs`: of each whole completion, in nats, under the distribution that was sampled or
-    searched."""
+    """`ratings`: the rewards, for objectives with a margin. `logprobs`: of each whole completion, in nats, under the
+    distribution that was sampled or searched."""
     return {
         "messages": list(prompt.messages),
         "completions": [s["completion"] for s in samples],
