@@ -1,9 +1,11 @@
 """Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
 
-`task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with
-people, the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those
-who rank completions compare them with the right answer, so the rankings know better; that difference is what RLHF is
-for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
+`task:sorting/SPLIT?seed=0&size=4000` is a source like a file; `task:functions/SPLIT` too, see functions_task.py.
+
+Sorting: put the letters of a word in order. As with people, the demonstrations are imperfect: their writers leave most
+vowels out, and now and then lose any letter. Those who rank completions compare them with the right answer, so the rankings
+know better; that difference is what RLHF is for. A tenth of all words is held out: the splits `test...` have those words
+alone, the others none of them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
 
+from llmscale.data import functions_task
 from llmscale.errors import DataError
 
 TASK = "task:"
@@ -34,13 +37,17 @@ def read_task(source: str) -> Iterator[Record]:
     parts = urlsplit(source.removeprefix(TASK))
     name, _, split = parts.path.partition("/")
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if name != "sorting" or split not in SPLITS:
-        known = ", ".join(f"{TASK}sorting/{s}" for s in SPLITS)
+    tasks = {"sorting": list(SPLITS), "functions": list(functions_task.SPLITS)}
+    if split not in tasks.get(name, ()):
+        known = ", ".join(f"{TASK}{task}/{s}" for task, splits in tasks.items() for s in splits)
         raise DataError("there is no such task or split", where=source, fix=f"There is: {known}.")
     if not set(given) <= {"seed", "size"} or not all(value.isdecimal() for value in given.values()):
         raise DataError("a task takes seed and size, whole numbers", where=source, fix="?seed=0&size=1000")
-    seed, size = int(given.get("seed", 0)), int(given.get("size", SPLITS[split].size))
+    default = SPLITS[split].size if name == "sorting" else functions_task.SPLITS[split][0]
+    seed, size = int(given.get("seed", 0)), int(given.get("size", default))
     rng = random.Random(f"{name}/{split} {seed}")  # a string: seeded by its SHA-512
+    if name == "functions":
+        return functions_task.records(split, rng, size)
     return (SPLITS[split].record(rng, _word(rng, held_out=split.startswith("test"))) for _ in range(size))
 
 

@@ -78,7 +78,8 @@ def main(control: int, kind: str, limits: Limits) -> None:
             raise OSError(f"the system call filter is written for x86-64, this is {os.uname().machine}")
         walls.prepare()
     except Exception as error:  # whatever it is, the machine does not give what is needed
-        channel.send(json.dumps({"error": str(error)}).encode())
+        said = getattr(error, "strerror", None) or str(error)
+        channel.send(json.dumps({"error": said}).encode())
         walls.close()
         return
     library = os.path.dirname(os.__file__)
@@ -86,14 +87,16 @@ def main(control: int, kind: str, limits: Limits) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     channel.send(b'{"ready": true}')
     launcher = Launcher(walls, limits, null)
-    while (received := socket.recv_fds(channel, 1, 4))[0]:
-        answer = launcher.run(channel, *received[1])
-        for descriptor in received[1]:
-            os.close(descriptor)
-        if answer is None:
-            break
-        channel.send(json.dumps(answer).encode())
-    walls.close()
+    try:
+        while (received := socket.recv_fds(channel, 1, 4))[0]:
+            answer = launcher.run(channel, *received[1])
+            for descriptor in received[1]:
+                os.close(descriptor)
+            if answer is None:
+                break
+            channel.send(json.dumps(answer).encode())
+    finally:
+        walls.close()
 
 
 class Launcher:
@@ -148,9 +151,7 @@ class Launcher:
             return Cell(pid, descriptors[0], os.pidfd_open(pid))
         status = 1
         try:
-            for number in range(1, signal.NSIG):
-                if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):
-                    signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             try:
                 self.walls.enclose(max_processes)
                 for target, descriptor in enumerate((self.null, output, output)):
@@ -230,6 +231,8 @@ class Launcher:
 
     def refused(self, path: str, writes: bool) -> Stop | None:
         path = os.path.normpath(os.path.join(self.walls.work, path))
+        if not writes and ".so" in os.path.basename(path):
+            return None  # shared libraries are looked for in many places
         folders = [self.walls.work, *DEVICES] if writes else [*self.folders, *_HARMLESS]
         if any(path == f or path.startswith(f"{f}/") or (f in _HARMLESS and path.startswith(f)) for f in folders):
             return None

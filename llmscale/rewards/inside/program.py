@@ -35,6 +35,7 @@ def run_program(source: str, wire: Wire) -> None:
     module = types.ModuleType("program")
     module.__dict__.update(namespace)
     sys.modules["program"] = module  # dataclasses and pickle look a class's module up
+    code = None
     try:
         code = compile(source, "program.py", "exec")
         exec(code, module.__dict__)
@@ -46,6 +47,8 @@ def run_program(source: str, wire: Wire) -> None:
         if isinstance(error, MemoryError):
             module.__dict__.clear()
         answer = {"error": _described(error)}
+        if code is None and isinstance(error, ValueError):  # a null byte, to Python before 3.11.4
+            answer["error"]["reason"] = Reason.syntax.name
     wire.send(answer)
     Service(module.__dict__, wire).serve()
 

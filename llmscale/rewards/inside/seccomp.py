@@ -52,7 +52,7 @@ _NEEDS_OWN_ROOT = (62, 200, 234, 76, 90, 91, 268, 235, 261, 280)  # kill tkill t
 _IOCTL, _FCNTL, _PRCTL, _PRLIMIT64, _SOCKETPAIR, _CLONE3, _EXECVE, _EXECVEAT = 16, 72, 157, 302, 53, 435, 59, 322
 _KILL, _TGKILL, _SECCOMP = 62, 234, 317
 _TERMINAL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
-_F_SETOWN, _F_SETOWN_EX, _PR_SET_NAME = 8, 15, 15
+_F_SETOWN, _F_SETOWN_EX, _PR_SET_NAME, _AF_UNIX = 8, 15, 15, 1
 _STREAM = (1, 1 | 0x800, 1 | 0x80000, 1 | 0x80800)  # SOCK_STREAM, perhaps with _NONBLOCK and _CLOEXEC
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF opcodes
@@ -94,8 +94,9 @@ def _code(own_root: bool, pid: int) -> Code:
     code += _when(_FCNTL, 1, _all_but((_F_SETOWN, _F_SETOWN_EX)))
     code += _when(_PRCTL, 0, _only((_PR_SET_NAME,)))
     code += _when(_PRLIMIT64, 0, _only((0,)))
-    # A pair of datagram sockets could still send to any address.
-    code += _when(_SOCKETPAIR, 1, _only(_STREAM))
+    # A pair of datagram sockets could still send to any address; a pair of streams is a pipe.
+    second = (_LOAD, 0, 0, _ARGS_AT + 8)
+    code += _when(_SOCKETPAIR, 0, [(_EQUAL, 1, 0, _AF_UNIX), _refuse(errno.EPERM), second, *_only(_STREAM)])
     if not own_root:
         code += _when(_KILL, 0, _only((0, pid)))
         code += _when(_TGKILL, 0, _only((pid,)))

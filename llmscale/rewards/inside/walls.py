@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,10 +29,10 @@ _MAX_INODES = 1024  # files and directories of a program
 
 
 def python_folders() -> list[str]:
-    """What Python needs to run: its standard library and the system's shared libraries."""
-    library = os.path.realpath(os.path.dirname(os.__file__))
-    system = [p for p in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/lib/x86_64-linux-gnu") if os.path.isdir(p)]
-    return system if any(library.startswith(f"{p}/") for p in system) else [*system, library]
+    """What Python needs to run: its standard library, and the shared libraries of its own and of the system."""
+    system = [p for p in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if os.path.isdir(p)]
+    own = [os.path.realpath(os.path.dirname(os.__file__)), os.path.realpath(f"{sys.base_prefix}/lib")]
+    return [*system, *(p for p in own if not any(p == s or p.startswith(f"{s}/") for s in system))]
 
 
 class Walls(Protocol):
@@ -86,12 +87,12 @@ class Namespaces:
         ready, go = os.pipe()
         mapper = os.fork() if was_root else None  # a map of two numbers is written by a process outside
         if mapper == 0:
-            os.read(ready, 1)
-            status = 0
-            try:
-                _write_maps(f"/proc/{me}", maps)
-            except OSError:
-                status = 1
+            os.close(go)
+            status = 1
+            with suppress(OSError):
+                if os.read(ready, 1):  # else the other side has failed
+                    _write_maps(f"/proc/{me}", maps)
+                    status = 0
             os._exit(status)
         kernel.unshare("user", "mount", "pid", "net", "ipc", "uts", "cgroup")
         if mapper is None:
@@ -171,7 +172,10 @@ class Landlock:
             raise OSError("Landlock is not enabled in this kernel")
         self.version = version
         if os.geteuid() == 0:
-            os.chown(self._private, NOBODY, NOBODY)
+            try:
+                os.chown(self._private, NOBODY, NOBODY)
+            except OSError as error:
+                raise OSError("user nobody has no number here, and root is too much") from error
             kernel.drop_bounding_set()
             os.setgroups([])
             drop_user(NOBODY)
