@@ -29,7 +29,7 @@ def answer_of(steps: Steps, brackets: bool = True) -> str:
     return f"def f(x): return {opening}x{STEPS[first]}{a}{closing}{STEPS[second]}{b}"
 
 
-def tests_of(steps: Steps) -> list[str]:
+def assertions_of(steps: Steps) -> list[str]:
     """Assertions on what the steps give, done one after the other."""
     tests = []
     for x in INPUTS:
@@ -66,7 +66,7 @@ def _pair(rng: random.Random, steps: Steps) -> dict[str, Any]:
 
 
 def _prompt(rng: random.Random, steps: Steps) -> dict[str, Any]:
-    return {"prompt": prompt_of(steps), "tests": tests_of(steps)}
+    return {"prompt": prompt_of(steps), "tests": assertions_of(steps)}
 
 
 SPLITS: dict[

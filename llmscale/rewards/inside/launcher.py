@@ -89,7 +89,10 @@ def main(control: int, kind: str, limits: Limits) -> None:
     launcher = Launcher(walls, limits, null)
     try:
         while (received := socket.recv_fds(channel, 1, 4))[0]:
-            answer = launcher.run(channel, *received[1])
+            try:
+                answer = launcher.run(channel, *received[1])
+            except OSError as error:
+                answer = {"error": str(error)}
             for descriptor in received[1]:
                 os.close(descriptor)
             if answer is None:
@@ -147,7 +150,7 @@ class Launcher:
             ready.close()
             if not descriptors:
                 os.waitpid(pid, 0)
-                raise RuntimeError(f"a process could not be enclosed: {message.decode() or 'it ended'}")
+                raise OSError(f"a process could not be enclosed: {message.decode() or 'it ended'}")
             return Cell(pid, descriptors[0], os.pidfd_open(pid))
         status = 1
         try:

@@ -1,0 +1,69 @@
+"""A task whose answers are code: the right one passes its tests, the demonstrations often do not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llmscale.data.functions_task import FORGETS, SPLITS, STEPS, answer_of, assertions_of, prompt_of, records
+from llmscale.data.tasks import read_task
+from llmscale.errors import DataError
+
+
+def passes(code: str, tests: list[str]) -> bool:
+    namespace: dict = {}
+    exec(code, namespace)
+    try:
+        exec("\n".join(tests), namespace)
+    except AssertionError:
+        return False
+    return True
+
+
+def given(split: str, seed: int = 0, size: int = 300) -> list[dict]:
+    return list(read_task(f"task:functions/{split}?seed={seed}&size={size}"))
+
+
+@pytest.mark.parametrize("first", STEPS)
+@pytest.mark.parametrize("second", STEPS)
+def test_the_answer_passes_and_the_order_of_steps_matters(first: str, second: str):
+    steps = ((first, 3), (second, 4))
+    assert passes(answer_of(steps), assertions_of(steps))
+    needs_brackets = second == "times" and first != "times"
+    assert passes(answer_of(steps, brackets=False), assertions_of(steps)) == (not needs_brackets)
+
+
+def test_as_it_is_written():
+    steps = (("plus", 2), ("times", 3))
+    assert prompt_of(steps) == "plus 2, times 3"
+    assert answer_of(steps) == "def f(x): return (x+2)*3"
+    assert assertions_of(steps) == ["assert f(-3) == -3", "assert f(0) == 6", "assert f(1) == 9", "assert f(12) == 42"]
+
+
+def test_a_demonstration_is_as_careless_as_it_is_said_to_be():
+    pairs = given("sft", size=2000)
+    without = sum("return (" not in p["completion"] for p in pairs)
+    assert without / len(pairs) == pytest.approx(FORGETS, abs=0.04)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_seed_says_everything(split: str):
+    assert given(split, 3, 50) == given(split, 3, 50) != given(split, 4, 50)
+    assert given(split, 3, 50)[:20] == given(split, 3, 20)
+    assert len(list(read_task(f"task:functions/{split}"))) == SPLITS[split][0]
+
+
+def test_held_out_prompts_are_in_no_other_split():
+    seen = {r["prompt"] for split in ("sft", "prompts") for r in given(split, size=4000)}
+    seen |= {r["text"].split(":")[0] for r in given("pretrain", size=4000)}
+    held_out = {r["prompt"] for split in ("test", "test-sft") for r in given(split, size=1000)}
+    assert not seen & held_out
+    assert len(seen | held_out) == (len(STEPS) * 8) ** 2 and 0.05 < len(held_out) / 576 < 0.15
+
+
+def test_a_split_that_there_is_not():
+    with pytest.raises(DataError, match="no such task or split") as caught:
+        read_task("task:functions/rankings")
+    assert "task:functions/prompts" in str(caught.value) and "task:sorting/rankings" in str(caught.value)
+    assert list(records("test", random.Random(0), 0)) == []
