@@ -19,7 +19,9 @@ Not guaranteed: a bug in the kernel's part (namespaces, seccomp, Landlock) or in
 channels (timing, caches, load), a fair share of processors among programs that run side by side, tests that mean harm (they
 are shut in as well, but they decide the verdict), and what only tests in the program's own process could do:
 `isinstance` with its classes, identity of its values, comparing its own objects with plain data. Two of the program's
-objects compare as its own `__eq__` says.
+objects compare as its own `__eq__` says, and it can change a list that a test hands to it, as in any Python.
+
+Needs Linux 5.12 or newer on x86-64.
 
 Without user namespaces (many containers) Landlock takes their place, with less: see `walls.py`. Without both there is an
 error and no program runs.

@@ -28,6 +28,7 @@ from llmscale.rewards.inside.limits import Limits, Reason
 from llmscale.rewards.inside.program import run_program
 from llmscale.rewards.inside.walls import DEVICES, Landlock, Namespaces, Walls
 
+_MAX_FILES = 64  # that a program may open for writing where no file system of its own counts them
 _LOOK_EVERY_S = 0.05  # at how much was printed
 # Files that Python and the C library look for by themselves, whether or not a program means to.
 _HARMLESS: tuple[str, ...] = (
@@ -60,6 +61,7 @@ class Cell:
     listener: int
     ended: int  # a descriptor that can be read from when it has
     started: int = 0  # processes and threads
+    made: int = 0  # files
     status: int | None = None  # as wait gives it
     peak_bytes: int = 0
 
@@ -230,6 +232,9 @@ class Launcher:
         writes = call.number == seccomp.CREAT or bool(flags & _WRITES)
         if flags & os.O_DIRECTORY and not writes:
             return None
+        cell.made += writes
+        if cell.made > _MAX_FILES and not self.walls.own_root:  # else its file system counts
+            return Stop(Reason.files, f"more than {_MAX_FILES} files")
         return self.refused(kernel.read_string(call.pid, call.args[at]), writes)
 
     def refused(self, path: str, writes: bool) -> Stop | None:

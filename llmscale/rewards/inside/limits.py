@@ -25,6 +25,7 @@ class Reason(Enum):
     memory = "it ran out of memory"
     processes = "it started too many processes"
     output = "it printed too much"
+    files = "it wrote too much into files"
     network = "it asked for the network"
     read_outside = "it opened a file outside its directory"
     write_outside = "it wrote outside its directory"
@@ -33,4 +34,4 @@ class Reason(Enum):
 
 
 # The program did what it must not, or more than it may: no test that it passed counts.
-BREACHES = (Reason.processes, Reason.output, Reason.network, Reason.read_outside, Reason.write_outside)
+BREACHES = (Reason.processes, Reason.output, Reason.files, Reason.network, Reason.read_outside, Reason.write_outside)

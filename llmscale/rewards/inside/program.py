@@ -4,6 +4,7 @@ be anything by now. It never sees a test."""
 from __future__ import annotations
 
 import builtins
+import errno
 import operator
 import os
 import sys
@@ -144,6 +145,8 @@ def _reason(error: BaseException) -> Reason:
         return Reason.syntax
     if isinstance(error, MemoryError):
         return Reason.memory
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG):
+        return Reason.files
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -157,7 +157,8 @@ class Namespaces:
 
 class Landlock:
     """For machines without user namespaces (most containers): rules on paths, of the kernel's own. Weaker: names, sizes and
-    times of files outside can be seen, and processes are ended by the launcher, one by one."""
+    times of files outside can be seen, the private directory is on disk and `files_bytes` bound each of 64 files, and
+    processes are ended by the launcher, one by one."""
 
     own_root = False
 
@@ -249,7 +250,7 @@ def set_limits(limits: Limits, max_processes: int | None) -> None:
         resource.RLIMIT_CPU: int(limits.timeout_s) + 2,
         resource.RLIMIT_FSIZE: max(limits.output_bytes, limits.files_bytes),
         resource.RLIMIT_NOFILE: _MAX_FILES,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # with 0 the kernel would still hand the dump to a program that collects them
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_SIGPENDING: 64,
