@@ -1,41 +1,53 @@
-"""`task:functions/SPLIT`: write a function of one line. "plus 2, times 3" is `def f(x): return (x+2)*3`; tests decide.
+"""`task:functions/SPLIT`: write a function of one line. "increment, double, square" is `def f(x): return ((x+1)*2)**2`, and
+tests decide.
 
-The demonstrations forget the brackets often, as people do; where a product follows a sum that is another function. A tenth of
-all prompts is held out: the splits `test...` have those alone, the others none of them.
+The demonstrations forget the brackets often, as people do; `x+1*2**2` is another function. A tenth of all prompts is held out:
+the splits `test...` have those alone, the others none of them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 from zlib import crc32
 
-STEPS = {"plus": "+", "minus": "-", "times": "*"}
-DIGITS = range(2, 10)
+STEPS: dict[str, tuple[str, Callable[[int], int]]] = {  # word -> as code, what it does
+    "double": ("*2", lambda x: x * 2),
+    "triple": ("*3", lambda x: x * 3),
+    "square": ("**2", lambda x: x**2),
+    "quadruple": ("*4", lambda x: x * 4),
+    "increment": ("+1", lambda x: x + 1),
+    "decrement": ("-1", lambda x: x - 1),
+    "halve": ("//2", lambda x: x // 2),
+    "last digit": ("%10", lambda x: x % 10),
+}
+PROGRAMS = list(product(STEPS, repeat=3))
 FORGETS = 0.7  # of the demonstrations lack the brackets
 INPUTS = (-3, 0, 1, 12)  # of the tests
 
-Steps = tuple[tuple[str, int], tuple[str, int]]
+Steps = tuple[str, ...]
 
 
 def prompt_of(steps: Steps) -> str:
-    return ", ".join(f"{name} {digit}" for name, digit in steps)
+    return ", ".join(steps)
 
 
 def answer_of(steps: Steps, brackets: bool = True) -> str:
-    (first, a), (second, b) = steps
-    opening, closing = "()" if brackets else ("", "")
-    return f"def f(x): return {opening}x{STEPS[first]}{a}{closing}{STEPS[second]}{b}"
+    code = "x"
+    for number, step in enumerate(steps):
+        code = (f"({code})" if brackets and number else code) + STEPS[step][0]
+    return f"def f(x): return {code}"
 
 
 def assertions_of(steps: Steps) -> list[str]:
-    """Assertions on what the steps give, done one after the other."""
+    """What the steps give, done one after the other."""
     tests = []
     for x in INPUTS:
         value = x
-        for name, digit in steps:
-            value = {"plus": value + digit, "minus": value - digit, "times": value * digit}[name]
+        for step in steps:
+            value = STEPS[step][1](value)
         tests.append(f"assert f({x}) == {value}")
     return tests
 
@@ -46,15 +58,9 @@ def demonstration(rng: random.Random, steps: Steps) -> str:
 
 
 def records(split: str, rng: random.Random, size: int) -> Iterator[dict[str, Any]]:
-    record = SPLITS[split][1]
-    return (record(rng, _steps(rng, held_out=split.startswith("test"))) for _ in range(size))
-
-
-def _steps(rng: random.Random, held_out: bool) -> Steps:
-    while True:
-        first, second = ((rng.choice(list(STEPS)), rng.choice(DIGITS)) for _ in range(2))
-        if (crc32(prompt_of((first, second)).encode()) % 10 == 0) == held_out:
-            return first, second
+    held_out = split.startswith("test")
+    programs = [p for p in PROGRAMS if (crc32(prompt_of(p).encode()) % 10 == 0) == held_out]
+    return (SPLITS[split][1](rng, rng.choice(programs)) for _ in range(size))
 
 
 def _text(rng: random.Random, steps: Steps) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llmscale.data.functions_task import FORGETS, SPLITS, STEPS, answer_of, assertions_of, prompt_of, records
+from llmscale.data.functions_task import FORGETS, PROGRAMS, SPLITS, answer_of, assertions_of, prompt_of, records
 from llmscale.data.tasks import read_task
 from llmscale.errors import DataError
 
@@ -25,25 +25,32 @@ def given(split: str, seed: int = 0, size: int = 300) -> list[dict]:
     return list(read_task(f"task:functions/{split}?seed={seed}&size={size}"))
 
 
-@pytest.mark.parametrize("first", STEPS)
-@pytest.mark.parametrize("second", STEPS)
-def test_the_answer_passes_and_the_order_of_steps_matters(first: str, second: str):
-    steps = ((first, 3), (second, 4))
+@pytest.mark.parametrize("steps", PROGRAMS[::7])
+def test_the_answer_passes(steps: tuple[str, ...]):
     assert passes(answer_of(steps), assertions_of(steps))
-    needs_brackets = second == "times" and first != "times"
-    assert passes(answer_of(steps, brackets=False), assertions_of(steps)) == (not needs_brackets)
+
+
+def test_the_brackets_matter():
+    without = [passes(answer_of(s, brackets=False), assertions_of(s)) for s in PROGRAMS]
+    assert 0.4 < sum(without) / len(without) < 0.6
 
 
 def test_as_it_is_written():
-    steps = (("plus", 2), ("times", 3))
-    assert prompt_of(steps) == "plus 2, times 3"
-    assert answer_of(steps) == "def f(x): return (x+2)*3"
-    assert assertions_of(steps) == ["assert f(-3) == -3", "assert f(0) == 6", "assert f(1) == 9", "assert f(12) == 42"]
+    steps = ("increment", "double", "square")
+    assert prompt_of(steps) == "increment, double, square"
+    assert answer_of(steps) == "def f(x): return ((x+1)*2)**2"
+    assert answer_of(steps, brackets=False) == "def f(x): return x+1*2**2"
+    assert assertions_of(steps) == [
+        "assert f(-3) == 16",
+        "assert f(0) == 4",
+        "assert f(1) == 16",
+        "assert f(12) == 676",
+    ]
 
 
 def test_a_demonstration_is_as_careless_as_it_is_said_to_be():
     pairs = given("sft", size=2000)
-    without = sum("return (" not in p["completion"] for p in pairs)
+    without = sum("return x" in p["completion"] for p in pairs)
     assert without / len(pairs) == pytest.approx(FORGETS, abs=0.04)
 
 
@@ -59,7 +66,7 @@ def test_held_out_prompts_are_in_no_other_split():
     seen |= {r["text"].split(":")[0] for r in given("pretrain", size=4000)}
     held_out = {r["prompt"] for split in ("test", "test-sft") for r in given(split, size=1000)}
     assert not seen & held_out
-    assert len(seen | held_out) == (len(STEPS) * 8) ** 2 and 0.05 < len(held_out) / 576 < 0.15
+    assert len(seen | held_out) == len(PROGRAMS) == 512 and 0.05 < len(held_out) / 512 < 0.15
 
 
 def test_a_split_that_there_is_not():
