@@ -1,6 +1,6 @@
 # make install   environment in .venv (again only when its pins change)
 # make demo      a small model through every stage, on this machine
-# make test      tests that need no GPU
+# make test      tests that need no GPU, two files at a time
 # make lint      ruff, mypy, shellcheck
 # make bench     speed against a bare loop, transformers and TRL: a quarter of an hour on an idle machine, BENCH=--help
 PYTHON ?= python3
@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/llmscale pipeline experiment=demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

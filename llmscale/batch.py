@@ -35,6 +35,16 @@ class RankedExample:
 
     sequences: tuple[np.ndarray, ...]  # K arrays, int64 [T_k]: prompt and completion, ready for the reward model
     ranks: tuple[int, ...]  # K
+    ratings: tuple[float, ...] | None = None  # K, higher is better; only their differences count, as margins
+
+
+@dataclass(frozen=True)
+class SteppedExample:
+    """A solution whose steps were judged one by one. `labels[t]`, where token t is the last of a judged step, is the
+    probability that the step is right (mostly 0 or 1); NaN elsewhere."""
+
+    token_ids: np.ndarray  # int64 [T]
+    labels: np.ndarray  # float32 [T]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Prompt:
     token_ids: np.ndarray  # int64 [T]
     text: str  # as a person would read it, for rewards and for samples.jsonl
     fields: Mapping[str, Any] = field(default_factory=dict)  # the columns of its record
+    messages: tuple[Mapping[str, str], ...] = ()  # the turns that `token_ids` renders: role and content
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ SUMMARY = {
     "sft": "supervised fine-tuning on conversations",
     "reward": "a reward model from rankings",
     "rlhf": "reinforcement learning from a reward",
-    "pipeline": "all of the above, one after the other",
+    "collect": "rankings and SFT data from a policy and a reward",
+    "pipeline": "several of the above, one after the other",
     "generate": "answers from a trained model",
     "chat": "talk to a trained model",
 }

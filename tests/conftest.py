@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,8 @@ def _private_environment() -> None:
 
 
 _private_environment()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `make test &`, whose children would be deaf to Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +79,15 @@ def _left_behind() -> dict[int, str]:
     return found
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README runs the whole demo: first, so that one of two workers is not left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a session that leaves processes behind, and end them."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # this one only hands out tests; its workers look after themselves
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # its service belongs to this process and would end with it
     deadline = time.monotonic() + 10

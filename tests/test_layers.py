@@ -22,6 +22,7 @@ ROWS = [
         "protocols",
         "functional",
         "phases",
+        "steps",
         "distributed",
         "tracking",
     ],

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write `text` beside `path`, bring it to disk, and rename it over `path`."""
+    atomic_write_lines(path, [text])
+
+
+def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write `lines`, which end as they are, beside `path`, bring them to disk, and rename them over `path`."""
     partial = path.with_name(f".tmp-{path.name}")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     fsync(path.parent)

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 from llmscale.checkpoint.durable import atomic_write_text, commit_directory
 from llmscale.errors import DataError, RunError
 
-FORMAT = 1  # raise it when what is stored, or how a record becomes tokens, changes
+FORMAT = 2  # raise it when what is stored, or how a record becomes tokens, changes
 _INDEX = "arrays.json"
 _DIGEST_BYTES = 16
 _SETTLED_AFTER_S = 3.0  # a file that changes twice within the clock's grain looks as if it had not

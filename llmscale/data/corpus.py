@@ -14,23 +14,25 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmscale.batch import Prompt, RankedExample, TokenExample
+from llmscale.batch import Prompt, RankedExample, SteppedExample, TokenExample
 from llmscale.config import to_dict
 from llmscale.data.cache import FORMAT, ArrayWriter, Stored, content_digest, digest, stored_once
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig, OnCorrupt, Packing
 from llmscale.data.conversations import conversation_draft
 from llmscale.data.convert import Draft, converted
-from llmscale.data.examples import Examples, ListedExamples, RankedExamples, TokenExamples
+from llmscale.data.examples import Examples, ListedExamples, RankedExamples, SteppedExamples, TokenExamples
 from llmscale.data.preferences import ranking_draft
 from llmscale.data.prompts import prompt_draft
 from llmscale.data.records import Malformed, Record
 from llmscale.data.report import NUM_OUTCOMES, Outcome, Report
+from llmscale.data.solutions import solution_draft
 from llmscale.data.sources import content_of, read_items
 from llmscale.data.text import Blocks, block_index, document_draft
 from llmscale.data.tokenizer import identity, token_dtype
 from llmscale.errors import DataError, ModelError
 from llmscale.randomness import permutation
+from llmscale.steps import StepFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -151,6 +153,17 @@ def open_rankings(source: str, config: DataConfig, renderer: ChatRenderer, cache
     return RecordCorpus(source, arrays["outcomes"], malformed, lambda index: RankedExamples(arrays, index))
 
 
+def open_solutions(source: str, config: DataConfig, renderer: ChatRenderer, cache_dir: Path) -> Corpus[SteppedExample]:
+    finder = StepFinder(renderer.tokenizer)
+
+    def draft(record: Record) -> Draft[SteppedExample]:
+        return solution_draft(record, config, renderer, finder)
+
+    stored, malformed = _stored(_SOLUTIONS, source, config, renderer.tokenizer, cache_dir, draft)
+    arrays = stored.arrays
+    return RecordCorpus(source, arrays["outcomes"], malformed, lambda index: SteppedExamples(arrays, index))
+
+
 def read_prompts(source: str, config: DataConfig, renderer: ChatRenderer, limit: int) -> Corpus[Prompt]:
     """`limit`: tokens of a prompt."""
     malformed = Malformed(config.on_corrupt)
@@ -197,14 +210,21 @@ def _write_ranking(writer: ArrayWriter, example: RankedExample) -> None:
     for sequence in example.sequences:
         _write_sequence(writer, sequence)
     writer.append("ranks", example.ranks)
+    writer.append("ratings", example.ratings or [np.nan] * len(example.ranks))
     writer.append("groups", [writer.sizes["ranks"]])
+
+
+def _write_solution(writer: ArrayWriter, example: SteppedExample) -> None:
+    _write_sequence(writer, example.token_ids)
+    writer.append("labels", example.labels)
 
 
 _READ = ("columns", "max_records", "on_corrupt")
 _RENDERED = (*_READ, "max_seq_len", "too_long", "system_prompt")
 _TEXT: _Kind[np.ndarray] = _Kind("text", _write_sequence, {}, _READ)
 _CONVERSATIONS = _Kind("conversations", _write_conversation, {"mask": np.bool_}, _RENDERED)
-_RANKINGS = _Kind("rankings", _write_ranking, {"ranks": np.int64, "groups": np.int64}, _RENDERED)
+_RANKINGS = _Kind("rankings", _write_ranking, {"ranks": np.int64, "ratings": np.float64, "groups": np.int64}, _RENDERED)
+_SOLUTIONS = _Kind("solutions", _write_solution, {"labels": np.float32}, _RENDERED)
 
 
 def _stored(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from llmscale.batch import RankedExample, TokenExample
+from llmscale.batch import RankedExample, SteppedExample, TokenExample
 
 E = TypeVar("E")
 
@@ -66,11 +66,12 @@ class TokenExamples(Examples[TokenExample]):
 
 
 class RankedExamples(Examples[RankedExample]):
-    """Rankings. `arrays`: `tokens` [T], `offsets` [sequences + 1], `groups` [rankings + 1] into the sequences, `ranks`
-    [sequences]; `index`: which rankings."""
+    """Rankings. `arrays`: `tokens` [T], `offsets` [sequences + 1], `groups` [rankings + 1] into the sequences, `ranks` and
+    `ratings` [sequences], the latter NaN where there is none; `index`: which rankings."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], index: np.ndarray):
-        self._tokens, self._offsets, self._ranks = arrays["tokens"], arrays["offsets"], arrays["ranks"]
+        self._tokens, self._offsets = arrays["tokens"], arrays["offsets"]
+        self._ranks, self._ratings = arrays["ranks"], arrays["ratings"]
         groups = arrays["groups"]
         self._starts, self._ends = groups[index], groups[index + 1]
         super().__init__(self._offsets[self._ends] - self._offsets[self._starts])
@@ -80,7 +81,22 @@ class RankedExamples(Examples[RankedExample]):
         offsets = self._offsets[first : last + 1].tolist()
         tokens = self._tokens[offsets[0] : offsets[-1]].astype(np.int64)
         cuts = [offset - offsets[0] for offset in offsets[1:-1]]
-        return RankedExample(tuple(np.split(tokens, cuts)), tuple(self._ranks[first:last].tolist()))
+        ratings = self._ratings[first:last].tolist()
+        rated = None if np.isnan(ratings[0]) else tuple(ratings)
+        return RankedExample(tuple(np.split(tokens, cuts)), tuple(self._ranks[first:last].tolist()), rated)
+
+
+class SteppedExamples(Examples[SteppedExample]):
+    """Solutions with judged steps. `arrays`: `tokens` and `labels` [T], `offsets` [sequences + 1]; `index`: which of them."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], index: np.ndarray):
+        offsets = arrays["offsets"]
+        super().__init__(offsets[index + 1] - offsets[index])
+        self._tokens, self._labels, self._starts = arrays["tokens"], arrays["labels"], offsets[index]
+
+    def _example(self, index: int) -> SteppedExample:
+        own = slice(start := int(self._starts[index]), start + int(self.lengths[index]))
+        return SteppedExample(self._tokens[own].astype(np.int64), self._labels[own].copy())
 
 
 class JoinedExamples(Examples[E]):

@@ -8,10 +8,9 @@ the splits `test...` have those alone, the others none of them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import Any
-from zlib import crc32
 
 STEPS: dict[str, tuple[str, Callable[[int], int]]] = {  # word -> as code, what it does
     "double": ("*2", lambda x: x * 2),
@@ -23,64 +22,42 @@ STEPS: dict[str, tuple[str, Callable[[int], int]]] = {  # word -> as code, what 
     "halve": ("//2", lambda x: x // 2),
     "last digit": ("%10", lambda x: x % 10),
 }
-PROGRAMS = list(product(STEPS, repeat=3))
+PROGRAMS = [", ".join(steps) for steps in product(STEPS, repeat=3)]
 FORGETS = 0.7  # of the demonstrations lack the brackets
 INPUTS = (-3, 0, 1, 12)  # of the tests
 
-Steps = tuple[str, ...]
+
+def program(rng: random.Random) -> str:
+    """A prompt."""
+    return rng.choice(PROGRAMS)
 
 
-def prompt_of(steps: Steps) -> str:
-    return ", ".join(steps)
-
-
-def answer_of(steps: Steps, brackets: bool = True) -> str:
+def answer_of(prompt: str, brackets: bool = True) -> str:
     code = "x"
-    for number, step in enumerate(steps):
+    for number, step in enumerate(prompt.split(", ")):
         code = (f"({code})" if brackets and number else code) + STEPS[step][0]
     return f"def f(x): return {code}"
 
 
-def assertions_of(steps: Steps) -> list[str]:
+def assertions_of(prompt: str) -> list[str]:
     """What the steps give, done one after the other."""
     tests = []
     for x in INPUTS:
         value = x
-        for step in steps:
+        for step in prompt.split(", "):
             value = STEPS[step][1](value)
         tests.append(f"assert f({x}) == {value}")
     return tests
 
 
-def demonstration(rng: random.Random, steps: Steps) -> str:
+def text(rng: random.Random, prompt: str) -> dict[str, Any]:
+    return {"text": f"{prompt}: {answer_of(prompt)}"}
+
+
+def demonstration(rng: random.Random, prompt: str) -> dict[str, Any]:
     """What a person would have written."""
-    return answer_of(steps, brackets=rng.random() >= FORGETS)
+    return {"prompt": prompt, "completion": answer_of(prompt, brackets=rng.random() >= FORGETS)}
 
 
-def records(split: str, rng: random.Random, size: int) -> Iterator[dict[str, Any]]:
-    held_out = split.startswith("test")
-    programs = [p for p in PROGRAMS if (crc32(prompt_of(p).encode()) % 10 == 0) == held_out]
-    return (SPLITS[split][1](rng, rng.choice(programs)) for _ in range(size))
-
-
-def _text(rng: random.Random, steps: Steps) -> dict[str, Any]:
-    return {"text": f"{prompt_of(steps)}: {answer_of(steps)}"}
-
-
-def _pair(rng: random.Random, steps: Steps) -> dict[str, Any]:
-    return {"prompt": prompt_of(steps), "completion": demonstration(rng, steps)}
-
-
-def _prompt(rng: random.Random, steps: Steps) -> dict[str, Any]:
-    return {"prompt": prompt_of(steps), "tests": assertions_of(steps)}
-
-
-SPLITS: dict[
-    str, tuple[int, Callable[[random.Random, Steps], dict[str, Any]]]
-] = {  # records where the source does not say
-    "pretrain": (20_000, _text),
-    "sft": (4_000, _pair),
-    "prompts": (4_000, _prompt),
-    "test": (256, _prompt),
-    "test-sft": (256, _pair),
-}
+def prompt(rng: random.Random, prompt: str) -> dict[str, Any]:
+    return {"prompt": prompt, "tests": assertions_of(prompt)}

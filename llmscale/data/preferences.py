@@ -1,6 +1,13 @@
-"""Records of ranked completions (pairs or K of them) as sequences for the reward model."""
+"""Records of ranked completions (pairs or K of them) as sequences for the reward model.
+
+Ratings say by how much one is better: those of K completions (`ratings`, which rank them where `ranks` do not), or the
+difference within a pair (`margin`), of which the loser's rating is 0.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +28,20 @@ def ranking_draft(record: Record, config: DataConfig, renderer: ChatRenderer) ->
 
     Raises: DataError for a malformed record.
     """
-    messages, completions, ranks = ranking(record, config)
+    messages, completions, order = ranking(record, config)
     texts = [renderer.pieces([*messages, Message(role="assistant", content=c)]) for c in completions]
-    return Draft(record.where, texts, lambda sequences: _fitted([s.token_ids for s in sequences], ranks, config))
+    return Draft(record.where, texts, lambda sequences: _fitted([s.token_ids for s in sequences], order, config))
 
 
-def _fitted(sequences: list[np.ndarray], ranks: list[int], config: DataConfig) -> tuple[RankedExample | None, Outcome]:
+class Order(NamedTuple):
+    """What is known of K completions."""
+
+    ranks: list[int]  # 1 is best, equal ones are tied
+    ratings: list[float] | None  # higher is better
+
+
+def _fitted(sequences: list[np.ndarray], order: Order, config: DataConfig) -> tuple[RankedExample | None, Outcome]:
+    ranks, ratings = order
     outcome = Outcome.TIED if len(set(ranks)) == 1 else Outcome(0)
     length, limit = max(map(len, sequences)), config.max_seq_len
     if length > limit:
@@ -38,13 +53,13 @@ def _fitted(sequences: list[np.ndarray], ranks: list[int], config: DataConfig) -
         if config.too_long is not TooLong.truncate or (not outcome and np.array_equal(best, worst)):
             return None, Outcome.TOO_LONG
         outcome |= Outcome.TRUNCATED
-    return RankedExample(tuple(sequences), tuple(ranks)), outcome
+    return RankedExample(tuple(sequences), tuple(ranks), tuple(ratings) if ratings else None), outcome
 
 
-def ranking(record: Record, config: DataConfig) -> tuple[list[Message], list[str], list[int]]:
-    """The conversation so far, the completions, and their ranks (1 is best).
+def ranking(record: Record, config: DataConfig) -> tuple[list[Message], list[str], Order]:
+    """The conversation so far, the completions, and their order.
 
-    Raises: DataError for fewer than 2 or more than 9 completions, or ranks that do not fit them.
+    Raises: DataError for fewer than 2 or more than 9 completions, or ranks or ratings that do not fit them.
     """
     messages, shape = question(record, config)
     if messages[-1]["role"] == "assistant":
@@ -54,18 +69,53 @@ def ranking(record: Record, config: DataConfig) -> tuple[list[Message], list[str
         raise DataError(what, where=record.where, fix="End it with the user's turn.")
     if "completions" in record.fields:
         completions = [_completion(c, record, f"completions[{i}]") for i, c in enumerate(_list(record, "completions"))]
-        return messages, completions, _ranks(record, len(completions))
+        return messages, completions, _order(record, len(completions))
     if "chosen" not in record.fields:
         fix = columns_hint("chosen", record.fields)
         raise DataError("there is neither chosen and rejected nor completions and ranks", where=record.where, fix=fix)
-    return messages, [_completion(record.value(name), record, name) for name in ("chosen", "rejected")], [1, 2]
+    pair = [_completion(record.value(name), record, name) for name in ("chosen", "rejected")]
+    return messages, pair, Order([1, 2], _margin(record))
+
+
+def _order(record: Record, num_completions: int) -> Order:
+    if not MIN_COMPLETIONS <= num_completions <= MAX_COMPLETIONS:
+        what = f"a ranking needs {MIN_COMPLETIONS} to {MAX_COMPLETIONS} completions, this one has {num_completions}"
+        raise DataError(what, where=record.where, fix="Drop or split the record.")
+    ratings = _ratings(record, num_completions) if record.fields.get("ratings") is not None else None
+    if ratings is not None and record.fields.get("ranks") is None:
+        return Order([1 + len({other for other in ratings if other > own}) for own in ratings], ratings)
+    ranks = _ranks(record, num_completions)
+    if ratings is not None:
+        for i, j in zip(*np.nonzero(np.less.outer(ranks, ranks) & np.less.outer(ratings, ratings)), strict=True):
+            what = f"completion {i} has rank {ranks[i]} and rating {ratings[i]}, completion {j} {ranks[j]} and {ratings[j]}"
+            raise DataError(what, where=record.where, fix="A better rank (1 is best) cannot have a lower rating.")
+    return Order(ranks, ratings)
+
+
+def _ratings(record: Record, num_completions: int) -> list[float]:
+    ratings = _list(record, "ratings")
+    if len(ratings) != num_completions or not all(map(_is_number, ratings)):
+        what = f"ratings must be {num_completions} finite numbers, one for each completion, are {ratings!r:.60}"
+        raise DataError(what, where=record.where)
+    return [float(rating) for rating in ratings]
+
+
+def _margin(record: Record) -> list[float] | None:
+    margin = record.fields.get("margin")
+    if margin is None:
+        return None
+    if not _is_number(margin) or margin < 0:
+        what = f"column 'margin' must be a number from 0: how much better is the chosen one; it is {margin!r:.40}"
+        raise DataError(what, where=record.where, fix="Leave it out where it is not known.")
+    return [float(margin), 0.0]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ranks(record: Record, num_completions: int) -> list[int]:
     ranks = _list(record, "ranks")
-    if not MIN_COMPLETIONS <= num_completions <= MAX_COMPLETIONS:
-        what = f"a ranking needs {MIN_COMPLETIONS} to {MAX_COMPLETIONS} completions, this one has {num_completions}"
-        raise DataError(what, where=record.where, fix="Drop or split the record.")
     if len(ranks) != num_completions:
         what = f"there are {num_completions} completions and {len(ranks)} ranks"
         raise DataError(what, where=record.where, fix="Give one rank to each completion.")

@@ -41,7 +41,7 @@ def prompt_draft(record: Record, config: DataConfig, renderer: ChatRenderer, lim
     def finish(sequences: list[TokenExample]) -> tuple[Prompt | None, Outcome]:
         token_ids = sequences[0].token_ids
         if len(token_ids) <= limit:
-            return Prompt(token_ids, text, fields), Outcome(0)
+            return Prompt(token_ids, text, fields, tuple(messages)), Outcome(0)
         if config.too_long is TooLong.drop:
             return None, Outcome.TOO_LONG
         what = f"this prompt has {len(token_ids)} tokens, there is room for {limit}"

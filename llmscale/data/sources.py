@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmscale.data import tasks
+from llmscale.data import adding, tasks
 from llmscale.data.files import SUFFIXES, read_file
 from llmscale.data.records import Record
 from llmscale.errors import DataError
@@ -65,7 +65,7 @@ def content_of(source: str) -> tuple[str, list[Path]]:
     Raises: DataError where there is nothing to read.
     """
     if source.startswith(tasks.TASK):
-        return source, [Path(tasks.__file__)]
+        return source, [Path(tasks.__file__), Path(adding.__file__)]
     if source.startswith(HUB):
         return source, [Path(file["filename"]) for file in _load_hub(source).cache_files]
     return "", find_paths(source)

@@ -9,10 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from llmscale.batch import Prompt, RankedExample, TokenExample
+from llmscale.batch import Prompt, RankedExample, SteppedExample, TokenExample
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig
-from llmscale.data.corpus import Corpus, Part, open_conversations, open_rankings, open_text, read_prompts
+from llmscale.data.corpus import (
+    Corpus,
+    Part,
+    open_conversations,
+    open_rankings,
+    open_solutions,
+    open_text,
+    read_prompts,
+)
 from llmscale.data.examples import Examples, joined
 from llmscale.data.loader import SampleOrder
 from llmscale.data.mixing import MixedOrder, Mixture
@@ -55,6 +63,11 @@ def load_conversations(config: DataConfig, tokenizer: PreTrainedTokenizerFast, c
 def load_rankings(config: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Split[RankedExample]:
     renderer = ChatRenderer(tokenizer)
     return _load(config, partial(open_rankings, config=config, renderer=renderer, cache_dir=cache_dir))
+
+
+def load_solutions(config: DataConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) -> Split[SteppedExample]:
+    renderer = ChatRenderer(tokenizer)
+    return _load(config, partial(open_solutions, config=config, renderer=renderer, cache_dir=cache_dir))
 
 
 def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerFast, max_completion_tokens: int) -> Split[Prompt]:

@@ -1,11 +1,10 @@
 """Tasks whose data is generated from a seed: small enough for a laptop, and with an answer that a rule can check.
 
-`task:sorting/SPLIT?seed=0&size=4000` is a source like a file; `task:functions/SPLIT` too, see functions_task.py.
-
-Sorting: put the letters of a word in order. As with people, the demonstrations are imperfect: their writers leave most
-vowels out, and now and then lose any letter. Those who rank completions compare them with the right answer, so the rankings
-know better; that difference is what RLHF is for. A tenth of all words is held out: the splits `test...` have those words
-alone, the others none of them.
+`task:sorting/SPLIT?seed=0&size=4000` is a source like a file. Sorting: put the letters of a word in order. As with
+people, the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those
+who rank completions compare them with the right answer, so the rankings know better; that difference is what RLHF is
+for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
+`task:adding/SPLIT`: see `llmscale/data/adding.py`; `task:functions/SPLIT`: `llmscale/data/functions_task.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
 
-from llmscale.data import functions_task
+from llmscale.data import adding, functions_task
 from llmscale.errors import DataError
 
 TASK = "task:"
@@ -37,18 +36,15 @@ def read_task(source: str) -> Iterator[Record]:
     parts = urlsplit(source.removeprefix(TASK))
     name, _, split = parts.path.partition("/")
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
-    tasks = {"sorting": list(SPLITS), "functions": list(functions_task.SPLITS)}
-    if split not in tasks.get(name, ()):
-        known = ", ".join(f"{TASK}{task}/{s}" for task, splits in tasks.items() for s in splits)
+    splits, subject = TASKS.get(name, (SPLITS, _word))
+    if name not in TASKS or split not in splits:
+        known = ", ".join(f"{TASK}{task}/{s}" for task, (own, _) in TASKS.items() for s in own)
         raise DataError("there is no such task or split", where=source, fix=f"There is: {known}.")
     if not set(given) <= {"seed", "size"} or not all(value.isdecimal() for value in given.values()):
         raise DataError("a task takes seed and size, whole numbers", where=source, fix="?seed=0&size=1000")
-    default = SPLITS[split].size if name == "sorting" else functions_task.SPLITS[split][0]
-    seed, size = int(given.get("seed", 0)), int(given.get("size", default))
+    seed, size = int(given.get("seed", 0)), int(given.get("size", splits[split].size))
     rng = random.Random(f"{name}/{split} {seed}")  # a string: seeded by its SHA-512
-    if name == "functions":
-        return functions_task.records(split, rng, size)
-    return (SPLITS[split].record(rng, _word(rng, held_out=split.startswith("test"))) for _ in range(size))
+    return (splits[split].record(rng, _drawn(rng, subject, split.startswith("test"))) for _ in range(size))
 
 
 def prompt_of(word: str) -> str:
@@ -65,12 +61,16 @@ def demonstration(rng: random.Random, word: str) -> str:
     return _shortened(rng, text) if rng.random() < LOSES_A_LETTER else text
 
 
-def _word(rng: random.Random, held_out: bool) -> str:
-    """A random word; which tenth of all words is held out says the checksum."""
+def _drawn(rng: random.Random, subject: Callable[[random.Random], str], held_out: bool) -> str:
+    """What a record is about; which tenth of all subjects is held out says the checksum."""
     while True:
-        word = "".join(rng.sample(LETTERS, k=rng.randint(*WORD_LENGTH)))
-        if (crc32(word.encode()) % 10 == 0) == held_out:
-            return word
+        drawn = subject(rng)
+        if (crc32(drawn.encode()) % 10 == 0) == held_out:
+            return drawn
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.sample(LETTERS, k=rng.randint(*WORD_LENGTH)))
 
 
 def _text(rng: random.Random, word: str) -> Record:
@@ -92,7 +92,14 @@ def _ranking(rng: random.Random, word: str) -> Record:
     distances = [edit_distance(a, answer) for a in attempts]
     order = sorted(set(distances))
     ranks = [order.index(d) + 1 for d in distances]
-    return {"prompt": prompt_of(word), "completions": attempts, "ranks": ranks, "answer": answer}
+    ratings = [-d for d in distances]
+    return {
+        "prompt": prompt_of(word),
+        "completions": attempts,
+        "ranks": ranks,
+        "ratings": ratings,
+        "answer": answer,
+    }
 
 
 def _prompt(rng: random.Random, word: str) -> Record:
@@ -152,4 +159,26 @@ SPLITS = {
     "test": Split(512, _prompt),
     "test-sft": Split(256, _pair),
     "test-rankings": Split(256, _ranking),
+}
+
+ADDING = {
+    "pretrain": Split(50_000, adding.text),
+    "sft": Split(8_000, adding.demonstration),
+    "solutions": Split(8_000, adding.solution),
+    "prompts": Split(8_000, adding.prompt),
+    "test": Split(512, adding.prompt),
+    "test-sft": Split(256, adding.demonstration),
+    "test-solutions": Split(256, adding.solution),
+}
+FUNCTIONS = {
+    "pretrain": Split(20_000, functions_task.text),
+    "sft": Split(4_000, functions_task.demonstration),
+    "prompts": Split(4_000, functions_task.prompt),
+    "test": Split(256, functions_task.prompt),
+    "test-sft": Split(256, functions_task.demonstration),
+}
+TASKS = {
+    "sorting": (SPLITS, _word),
+    "adding": (ADDING, adding.sum_of),
+    "functions": (FUNCTIONS, functions_task.program),
 }

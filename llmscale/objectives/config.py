@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from omegaconf import MISSING
 
-from llmscale.config import option
+from llmscale.config import Problem, at_least, option
+
+# What a reward model that learned from this judges.
+JUDGES = {"rankings": "completions", "solutions": "steps"}
 
 
 @dataclass
 class ObjectiveConfig:
     name: str = MISSING
-    reads = "tokens"  # no setting: what its examples are, tokens or rankings
+    reads = "tokens"  # no setting: what its examples are: tokens, rankings or solutions
 
 
 @option("objective", "causal_lm", builds="llmscale.objectives.causal_lm:CausalLM")
@@ -36,4 +40,20 @@ class RankingConfig(ObjectiveConfig):
 
     name: str = "ranking"
     kind: RankingKind = RankingKind.pairs
+    # By how much a better completion's score must lead, for each unit that its rating is higher; 0: by nothing
+    margin: float = 0.0
     reads = "rankings"
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, margin=0)
+        if self.margin > 0 and self.kind is not RankingKind.pairs:
+            yield "margin", "is a margin between the two of a pair", "Set it to 0, or objective.kind=pairs."
+
+
+@option("objective", "process", builds="llmscale.objectives.process:Process")
+@dataclass
+class ProcessConfig(ObjectiveConfig):
+    """A process reward model: the probability that each step of a solution is right."""
+
+    name: str = "process"
+    reads = "solutions"

@@ -4,7 +4,10 @@
 where |P| = C(K, 2)). All pairs of a prompt are one element, so that a prompt with many completions weighs as much as
 one with few, and they share one step: as separate examples each completion would be seen K-1 times and over-fitted.
 `plackett_luce`: L = -sum_i log(exp r_i / sum_{j ranked i or lower} exp r_j) (Plackett 1975); a tied completion counts
-among those that are not better, so that ties push nothing apart. The last rank adds nothing.
+among those that are not better (as Breslow 1974 has it), so that ties push nothing apart. The last rank adds nothing.
+
+Graded ratings set margins: L = -log sigmoid(r_w - r_l - m (g_w - g_l)) with ratings g (Touvron et al. 2023, Llama 2, eq. 2,
+whose m(r) is the grade of a pair). It is the same loss of the scores r - m g.
 
 Normalised by the number of rankings that are not all tied. Legend: K completions, P pairs, B rows (all completions).
 """
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmscale.batch import Batch, Layout, RankedExample
+from llmscale.errors import DataError
 from llmscale.functional import masked_sum
 from llmscale.objectives.config import RankingConfig
 from llmscale.protocols import Forward, LossSums
@@ -34,6 +38,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor, kind: str) -> Tensor:
         if not winner:
             return masked_sum(scores, torch.zeros_like(scores))
         return torch.nn.functional.softplus(scores[loser] - scores[winner]).mean()
+    if kind != "plackett_luce":
+        raise ValueError(f"unknown ranking loss {kind!r}: pairs or plackett_luce")
     not_better = ranks.unsqueeze(0) >= ranks.unsqueeze(1)  # [K, K]: j is ranked as i or lower
     tied_last = ranks == ranks.max()
     totals = torch.where(not_better, scores.unsqueeze(0), float("-inf")).logsumexp(-1)
@@ -59,6 +65,7 @@ class Ranking:
         group: list[int] = []
         winners: list[int] = []
         losers: list[int] = []
+        ratings: list[float] = []
         for index, example in enumerate(examples):
             better, worse = untied_pairs(example.ranks)
             winners += [len(rows) + i for i in better]
@@ -66,10 +73,12 @@ class Ranking:
             rows += list(example.sequences)
             ranks += list(example.ranks)
             group += [index] * len(example.ranks)
+            ratings += self.ratings(example)
         layout = Layout([len(row) for row in rows], row_tokens)
         tensors = layout.tensors(rows) | {"ends": layout.ends}
         tensors |= {"ranks": torch.tensor(ranks).long(), "group": torch.tensor(group).long()}
         tensors |= {"winners": torch.tensor(winners).long(), "losers": torch.tensor(losers).long()}
+        tensors |= {"ratings": torch.tensor(ratings, dtype=torch.float64)}
         untied = sum(len(set(e.ranks)) > 1 for e in examples)
         return Batch(
             tensors, {"rankings": float(untied), "pairs": float(len(winners)), "completions": float(len(rows))}
@@ -77,17 +86,36 @@ class Ranking:
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
         output = forward(batch)
-        scores = output.flatten()[batch["ends"]]
+        scores = self.scores(output, batch)
+        led = scores - self.config.margin * batch["ratings"].to(scores.dtype)  # what is left once each leads enough
         # Zero, but with a path to the weights: a rank without examples must take part in the backward.
         total = masked_sum(output, torch.zeros_like(output))
         for index in batch["group"].unique():
             own = (batch["group"] == index).nonzero().squeeze(-1)
-            total = total + ranking_loss(scores[own], batch["ranks"][own], self.config.kind.name)
-        scores = scores.detach()
-        margins = scores[batch["winners"]] - scores[batch["losers"]]
+            total = total + ranking_loss(led[own], batch["ranks"][own], self.config.kind.name)
+        scores, margins = scores.detach(), self.evidence(output.detach(), batch)
         metrics = {
             "accuracy": ((margins > 0).float().sum(), "pairs"),
             "margin": (margins.sum(), "pairs"),
             "score": (scores.sum(), "completions"),
         }
         return LossSums({"rankings": total}, metrics)
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """The reward of each completion."""
+        return output.flatten()[batch["ends"]]
+
+    def evidence(self, output: Tensor, batch: Batch) -> Tensor:
+        """r_w - r_l of each pair: the log-odds that the model gives to what people said."""
+        scores = self.scores(output, batch)
+        return scores[batch["winners"]] - scores[batch["losers"]]
+
+    def ratings(self, example: RankedExample) -> Sequence[float]:
+        """Of its completions; zeros where margins do not matter.
+
+        Raises: DataError where they do and it has none.
+        """
+        if example.ratings is None and self.config.margin > 0 and len(set(example.ranks)) > 1:
+            fix = "Give `margin` to chosen and rejected or `ratings` to completions, or set objective.margin=0."
+            raise DataError("there is a ranking without ratings, which margins follow from", where="data", fix=fix)
+        return example.ratings or [0.0] * len(example.ranks)

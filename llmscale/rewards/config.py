@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -20,14 +20,55 @@ class RewardConfig:
         return []
 
 
+class Combine(Enum):
+    """How the scores of an ensemble become one reward."""
+
+    mean = "mean"
+    minimum = "minimum"  # what the most sceptical member says
+    lower_bound = "lower_bound"  # mean - std_coef x their standard deviation; Coste et al. 2024 take off the variance
+
+
 @option("reward", "learned", builds="llmscale.rewards.learned:LearnedReward")
 @dataclass
 class LearnedConfig(RewardConfig):
-    """A reward model trained by `llmscale reward`."""
+    """A reward model trained by `llmscale reward`, or several."""
 
     name: str = "learned"
     path: str = MISSING  # its run directory or Hugging Face folder
+    ensemble: list[str] = field(default_factory=list)  # more of them: runs of other seeds on the same rankings
+    combine: Combine = Combine.mean  # of an ensemble's scores
+    std_coef: float = 1.0  # deviations that combine=lower_bound takes off; 0 or more
     unfinished: float | None = None  # reward of a completion cut off at the length limit; None: as the model scores it
+
+    def members(self) -> list[tuple[str, str]]:
+        """(the key that names it, its path) of each model."""
+        return [("reward.path", self.path), *((f"reward.ensemble[{i}]", p) for i, p in enumerate(self.ensemble))]
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, std_coef=0)
+        if self.combine is not Combine.mean and not self.ensemble:
+            what = f"{self.combine.name} of a single model is its own score"
+            yield "combine", what, "Name more models in reward.ensemble=[...], or leave it out."
+        if len({self.path, *self.ensemble}) <= len(self.ensemble):
+            yield "ensemble", "names a model twice", "Name each once, reward.path is one of them."
+
+
+class Aggregation(Enum):
+    """How the probabilities of a solution's steps become one reward."""
+
+    minimum = "minimum"
+    product = "product"
+    last = "last"
+
+
+@option("reward", "process", builds="llmscale.rewards.process:ProcessReward")
+@dataclass
+class ProcessRewardConfig(RewardConfig):
+    """A process reward model, trained by `llmscale reward objective=process`."""
+
+    name: str = "process"
+    path: str = MISSING  # its run directory or Hugging Face folder
+    aggregation: Aggregation = Aggregation.product
 
 
 class Match(Enum):

@@ -1,4 +1,5 @@
-"""Rewards from a model that `llmscale reward` trained."""
+"""Rewards from models that `llmscale reward` trained: one, or an ensemble whose disagreement says where not to trust it
+(Coste et al. 2024, arXiv:2310.02743)."""
 
 from __future__ import annotations
 
@@ -6,40 +7,81 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from llmscale import distributed
 from llmscale.batch import Trajectory, token_tensors
 from llmscale.errors import ModelError
 from llmscale.functional import last_token
-from llmscale.models.loading import has_scalar_head, load_scalar_model, load_tokenizer
-from llmscale.rewards.config import LearnedConfig
+from llmscale.models.loading import ScalarModel, has_scalar_head, load_scalar_model, load_tokenizer
+from llmscale.rewards.config import Combine, LearnedConfig
 
 BATCH_SIZE = 32  # rows of one forward
 
 
 class LearnedReward:
-    """The scalar at the last token."""
+    """The scalar at the last token. Each member's is standardised by its own mean and deviation (see `ScalarModel`), so that
+    those of an ensemble are on one scale."""
 
     def __init__(self, config: LearnedConfig, tokenizer: PreTrainedTokenizerFast):
-        if not has_scalar_head(config.path):
-            raise ModelError("this is not a reward model", where="reward.path", fix="Name a run of llmscale reward.")
-        if load_tokenizer(config.path).get_vocab() != tokenizer.get_vocab():
-            raise ModelError("the reward model's tokens are not the policy's", where="reward.path")
         self.config = config
-        self.model = load_scalar_model(config.path).to(distributed.device()).eval()
+        self.members = [load_reward_model(path, where, tokenizer, of="completions") for where, path in config.members()]
 
-    @torch.no_grad()
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        rewards: list[float] = []
-        for start in range(0, len(trajectories), BATCH_SIZE):
-            rewards += self._score([t.token_ids for t in trajectories[start : start + BATCH_SIZE]])
+        rewards = self.combined(self.by_member(trajectories)).tolist()
         unfinished = self.config.unfinished
         if unfinished is None:
             return rewards
         return [r if t.finished else unfinished for r, t in zip(rewards, trajectories, strict=True)]
 
-    def _score(self, rows: list[np.ndarray]) -> list[float]:
-        tensors = {name: value.to(distributed.device()) for name, value in token_tensors(rows).items()}
-        scalars = self.model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"])
-        return last_token(scalars.float(), tensors["lengths"]).tolist()
+    @torch.no_grad()
+    def by_member(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """float64 [members, trajectories]."""
+        scores = np.zeros((len(self.members), len(trajectories)))
+        for start, tensors in batches([t.token_ids for t in trajectories]):
+            for member, model in enumerate(self.members):
+                scalars = model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"])
+                own = last_token(scalars.float(), tensors["lengths"])
+                scores[member, start : start + len(own)] = own.cpu().numpy()
+        return scores
+
+    def combined(self, scores: np.ndarray) -> np.ndarray:
+        """[members, N] -> [N]."""
+        match self.config.combine:
+            case Combine.mean:
+                return scores.mean(0)
+            case Combine.minimum:
+                return scores.min(0)
+            case Combine.lower_bound:
+                return scores.mean(0) - self.config.std_coef * disagreement(scores)
+
+
+def disagreement(scores: np.ndarray) -> np.ndarray:
+    """[members, N] -> [N]: standard deviation over the members (ddof 0), in units of the reward."""
+    return scores.std(0)
+
+
+def load_reward_model(path: str, where: str, tokenizer: PreTrainedTokenizerFast, of: str) -> ScalarModel:
+    """`of`: completions or steps, what it has to be a judge of.
+
+    Raises: ModelError where it is no such model, or not one for the policy's tokens.
+    """
+    if not has_scalar_head(path):
+        raise ModelError("this is not a reward model", where=where, fix="Name a run of llmscale reward.")
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        raise ModelError("the reward model's tokens are not the policy's", where=where)
+    model = load_scalar_model(path).to(distributed.device()).eval()
+    judged = getattr(model.hf.config, "judges", "completions")  # noted where it was trained
+    if judged != of:
+        fix = "Use reward=process." if judged == "steps" else "Train one with objective=process, or use reward=learned."
+        raise ModelError(f"this reward model judges {judged}, not {of}", where=where, fix=fix)
+    return model
+
+
+def batches(rows: Sequence[np.ndarray]) -> list[tuple[int, dict[str, Tensor]]]:
+    """(index of the first row, tensors on the device) of each forward."""
+    return [
+        (start, {k: v.to(distributed.device()) for k, v in token_tensors(rows[start : start + BATCH_SIZE]).items()})
+        for start in range(0, len(rows), BATCH_SIZE)
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -16,15 +17,26 @@ from torch import Tensor
 
 from llmscale.batch import Batch, Trajectory, pad_rows
 from llmscale.errors import NumericsError
-from llmscale.functional import masked_var
+from llmscale.functional import masked_mean, masked_var
 from llmscale.randomness import permutation
 from llmscale.rl.kl import estimate
 
 
 class Algorithm(Protocol):
-    """What tells one policy-gradient method from another; pure functions of tensors [B, T]."""
+    """What tells one method from another; pure functions of tensors. See `llmscale.rl.policy_gradient`, the one that there
+    is, for shapes."""
 
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+    def advantages(
+        self, rewards: Tensor, kl: Tensor, values: Tensor, mask: Tensor, group_sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def importance(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor: ...
+
+    def learned_from(self, mask: Tensor, finished: Tensor) -> Tensor: ...
+
+    def weight(self, num_tokens: int) -> float: ...
+
+    def count(self, num_tokens: int) -> float: ...
 
     def loss(self, policy_logprobs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -33,14 +45,14 @@ class Algorithm(Protocol):
 
 @dataclass(frozen=True)
 class Scored:
-    """A trajectory with its reward, and what each model says of its tokens: float32 [T]."""
+    """A trajectory with its reward, and what each model says of its tokens: float32 [T]; None where there is no such model."""
 
     trajectory: Trajectory
     reward: float
     true_reward: float | None  # only watched; None where there is none
     old_logprobs: np.ndarray  # the trainer's, before the update
-    ref_logprobs: np.ndarray
-    values: np.ndarray  # the critic's, of the state before each token
+    ref_logprobs: np.ndarray | None
+    values: np.ndarray | None  # the critic's, of the state before each token
 
 
 @dataclass(frozen=True)
@@ -48,55 +60,74 @@ class Experience:
     """One trajectory ready for updates. Arrays are float32 [T] and 0 where the policy did not produce the token."""
 
     token_ids: np.ndarray  # int64 [T]
-    loss_mask: np.ndarray  # bool [T]
+    loss_mask: np.ndarray  # bool [T]: what is learned from
     old_logprobs: np.ndarray  # the trainer's, before the update
+    ref_logprobs: np.ndarray
     old_values: np.ndarray  # the critic's, of the state before each token
     advantages: np.ndarray
     returns: np.ndarray
+    importance: np.ndarray  # weight of each token's policy loss, 1 where it was sampled from the trainer's policy
+    kl_coef: float = 0.0  # at this step, of a KL in the loss
 
 
 def build_experience(
     algorithm: Algorithm, scored: Sequence[Scored], kl_coef: float
 ) -> tuple[list[Experience], dict[str, float]]:
-    """Advantages and returns of one step's trajectories, whitened over all of them, and the step's metrics.
-
-    The reward of a token is -kl_coef * (log policy - log ref) (k1, in the reward: Ouyang et al. 2022, eq. 2); a
-    trajectory's own reward is added at its last token.
-    """
+    """Advantages and returns of one step's trajectories, those of one draw in a row, and the step's metrics."""
     trajectories = [s.trajectory for s in scored]
     mask = pad_rows([t.loss_mask for t in trajectories], value=False).bool()
     old = _padded([s.old_logprobs for s in scored], mask)
-    ref = _padded([s.ref_logprobs for s in scored], mask)
-    value = _padded([s.values for s in scored], mask)
+    ref = _padded([s.old_logprobs if s.ref_logprobs is None else s.ref_logprobs for s in scored], mask)
+    zeros = [np.zeros(len(t.token_ids)) for t in trajectories]
+    value = _padded([z if s.values is None else s.values for s, z in zip(scored, zeros, strict=True)], mask)
     rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
     kl = torch.where(mask, estimate(old, ref, "k1"), torch.zeros_like(old))
-    scores = torch.tensor([s.reward for s in scored], dtype=torch.float32)
-    token_rewards = -kl_coef * kl
-    last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
-    token_rewards[torch.arange(len(last)), last] += scores
-    advantages, returns = algorithm.advantages(token_rewards, value, mask)
-    lengths = mask.sum(1)
+    rewards = torch.tensor([s.reward for s in scored], dtype=torch.float32)
+    sizes = [len(group) for group in groups_of(scored)]
+    advantages, returns = algorithm.advantages(rewards, kl_coef * kl, value, mask, sizes)
+    importance = algorithm.importance(old, rollout)
+    learned = algorithm.learned_from(mask, torch.tensor([t.finished for t in trajectories]))
     metrics = {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std(correction=0)),
-        "kl/ref": float(kl.sum(1).mean()),  # nats per trajectory
-        "value/explained_var": explained_variance(value, returns, mask),
-        "rollout/completion_len": float(lengths.float().mean()),
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(correction=0)),
+        "reward/equal_groups": sum(not is_informative(g) for g in groups_of(scored)) / len(sizes),
+        "rollout/completion_len": float(mask.sum(1).float().mean()),
         "rollout/cut_off": sum(not t.finished for t in trajectories) / len(trajectories),
         "rollout/logprob_diff": float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max()),
+        "policy/importance": float(masked_mean(importance, mask)),
     }
+    if scored[0].ref_logprobs is not None:
+        metrics["kl/ref"] = float(kl.sum(1).mean())  # nats per trajectory
+    if scored[0].values is not None:
+        metrics["value/explained_var"] = explained_variance(value, returns, mask)
     true = [s.true_reward for s in scored if s.true_reward is not None]
     if true:
         metrics["reward/true"] = float(np.mean(true))
-    experience = [
-        Experience(
-            t.token_ids,
-            t.loss_mask,
-            *(rows[i, : len(t.token_ids)].numpy() for rows in (old, value, advantages, returns)),
-        )
-        for i, t in enumerate(trajectories)
-    ]
+    rows = {"old_logprobs": old, "ref_logprobs": ref, "old_values": value}
+    rows |= {"advantages": advantages, "returns": returns, "importance": importance}
+    experience = []
+    for i, trajectory in enumerate(trajectories):
+        own = slice(len(trajectory.token_ids))
+        arrays = {name: row[i, own].numpy() for name, row in rows.items()}
+        experience.append(Experience(trajectory.token_ids, learned[i, own].numpy(), kl_coef=kl_coef, **arrays))
     return experience, metrics
+
+
+def groups_of(scored: Sequence[Scored]) -> list[list[Scored]]:
+    """The samples of each draw, which stand in a row."""
+    return [list(group) for _, group in groupby(scored, key=lambda s: s.trajectory.draw_id)]
+
+
+def is_informative(group: Sequence[Scored]) -> bool:
+    """Whether comparing the samples of a draw says anything: their rewards are not all equal."""
+    return len({s.reward for s in group}) > 1
+
+
+def overlong_penalty(num_tokens: int, limit: int, share: float, penalty: float) -> float:
+    """What is added to the reward of a completion: 0 up to (1 - share) * limit tokens, from there in a straight line to
+    -penalty at the limit (Yu et al. 2025, eq. 13)."""
+    beyond = num_tokens - (1 - share) * limit
+    return -penalty * beyond / (share * limit) if beyond > 0 else 0.0
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -1,10 +1,11 @@
-"""Policy and critic losses as objectives that any engine can step on. Normalised by the policy's own tokens of the
-whole step, so the gradient does not depend on micro-batches or ranks."""
+"""Policy and critic losses as objectives that any engine can step on. Normalised over the whole update, so that the gradient
+does not depend on micro-batches or ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,27 +14,35 @@ from llmscale.functional import masked_sum
 from llmscale.protocols import Forward, LossSums
 from llmscale.rl.experience import Algorithm, Experience
 
-FIELDS = ("old_logprobs", "old_values", "advantages", "returns")
+FIELDS = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns", "importance")
 
 
-def prepare_experience(examples: Sequence[Experience], term: str, row_tokens: int) -> Batch:
-    """Rows with everything that an update needs; counts the policy's own tokens under `term`."""
+def prepare_experience(examples: Sequence[Experience], row_tokens: int) -> Batch:
+    """Rows with everything that an update needs; counts the tokens that are learned from as `tokens`."""
     layout = Layout([len(e.token_ids) for e in examples], row_tokens)
     tensors = layout.tensors([e.token_ids for e in examples])
     tensors["loss_mask"] = layout.place([e.loss_mask for e in examples], fill=False)
     for name in FIELDS:
         tensors[name] = layout.place([getattr(e, name) for e in examples], fill=0.0).float()
-    return Batch(tensors, {term: float(tensors["loss_mask"].sum())})
+    tensors["kl_coef"] = layout.place([np.full(len(e.token_ids), e.kl_coef) for e in examples], fill=0.0).float()
+    tensors["sequence"] = layout.place([np.full(len(e.token_ids), i) for i, e in enumerate(examples)])
+    return Batch(tensors, {"tokens": float(tensors["loss_mask"].sum())})
 
 
 class PolicyObjective:
-    """Term `policy`; metrics `entropy`, `approx_kl` (k3 of the old policy to the new), `clipfrac`."""
+    """Term `policy`, normalised as the algorithm says; metrics over tokens: `entropy`, `approx_kl` (k3 of the old policy to
+    the new), `clipfrac`."""
 
     def __init__(self, algorithm: Algorithm, temperature: float, entropy_coef: float):
         self.algorithm, self.temperature, self.entropy_coef = algorithm, temperature, entropy_coef
 
     def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
-        return prepare_experience(examples, "policy", row_tokens)
+        batch = prepare_experience(examples, row_tokens)
+        num_tokens = [int(e.loss_mask.sum()) for e in examples]
+        weights = torch.tensor([self.algorithm.weight(n) for n in num_tokens] or [1.0])
+        batch.tensors["weight"] = weights[batch["sequence"]]
+        batch.counts["policy"] = sum(self.algorithm.count(n) for n in num_tokens)
+        return batch
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
         mask = batch["loss_mask"]
@@ -42,18 +51,22 @@ class PolicyObjective:
         losses, metrics = self.algorithm.loss(logprobs, batch)
         log_ratio = logprobs.detach() - batch["old_logprobs"]
         metrics |= {"entropy": entropy.detach(), "approx_kl": log_ratio.exp() - 1 - log_ratio}
-        total = masked_sum(losses - self.entropy_coef * entropy if self.entropy_coef else losses, mask)
-        return LossSums({"policy": total}, {k: (masked_sum(v, mask), "policy") for k, v in metrics.items()})
+        if self.entropy_coef:
+            losses = losses - self.entropy_coef * entropy
+        total = masked_sum(losses * batch["weight"], mask)
+        return LossSums({"policy": total}, {k: (masked_sum(v, mask), "tokens") for k, v in metrics.items()})
 
 
 class ValueObjective:
-    """Term `value`: the algorithm's loss of each state's value."""
+    """Term `value`: the algorithm's loss of each state's value, averaged over tokens."""
 
     def __init__(self, algorithm: Algorithm):
         self.algorithm = algorithm
 
     def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
-        return prepare_experience(examples, "value", row_tokens)
+        batch = prepare_experience(examples, row_tokens)
+        batch.counts["value"] = batch.counts["tokens"]
+        return batch
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
         losses = self.algorithm.value_loss(state_values(forward(batch)), batch)

@@ -18,7 +18,7 @@ class RolloutConfig:
     name: str = MISSING
     temperature: float = 1.0  # divides the logits; 0 is greedy, for generate and chat only
     max_new_tokens: int = 64  # longest completion in tokens
-    group_size: int = 1  # completions per prompt
+    group_size: int | None = None  # completions per prompt; None: 8 where rlhf's algorithm compares them, else 1
     unit_size: int = 32  # samples of one dispatch unit: generated as one batch on one worker, retried whole
     # Largest |rollout - trainer log-probability| of fresh samples; null: 1e-4 in fp32, 0.5 in bf16
     max_logprob_diff: float | None = None

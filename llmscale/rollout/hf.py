@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 
 from llmscale import distributed
@@ -44,6 +45,27 @@ class HFRollout:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        prompts = self._left_padded(requests)
+        width = prompts["input_ids"].shape[1]
+        sampler = CounterSampler(requests, width, self.config.temperature, self.seed)
+        output = self.model.hf.generate(
+            **prompts, generation_config=self._generation, logits_processor=LogitsProcessorList([sampler])
+        )
+        completions = output[:, width:].cpu().numpy()
+        logprobs = torch.stack(sampler.logprobs, dim=1).numpy()
+        return [self._trajectory(*row) for row in zip(requests, completions, logprobs, strict=True)]
+
+    def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
+        if version <= self.version:
+            raise WeightMismatchError(f"weights {version} offered where {self.version} are held already")
+        load_buckets(self.model, list(buckets), source=f"weights {version}")
+        self.version = version
+
+    def _left_padded(self, requests: Sequence[SamplingRequest]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` [B, T]; padding stands on the left, for generation continues at the right.
+
+        Raises: DataError when prompt and completion may exceed the model's context.
+        """
         prompts = [r.prompt.token_ids for r in requests]
         width = max(len(p) for p in prompts)
         if width + self.config.max_new_tokens > context_length(self.model):
@@ -55,26 +77,11 @@ class HFRollout:
             )
         input_ids = np.full((len(prompts), width), self.tokenizer.pad_token_id)
         attention_mask = np.zeros((len(prompts), width), dtype=np.int64)
-        for i, prompt in enumerate(prompts):  # padded on the left: generation continues at the right
+        for i, prompt in enumerate(prompts):
             input_ids[i, width - len(prompt) :] = prompt
             attention_mask[i, width - len(prompt) :] = 1
-        sampler = CounterSampler(requests, width, self.config.temperature, self.seed)
-        device = distributed.device()
-        output = self.model.hf.generate(
-            input_ids=torch.from_numpy(input_ids).to(device),
-            attention_mask=torch.from_numpy(attention_mask).to(device),
-            generation_config=self._generation,
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-        completions = output[:, width:].cpu().numpy()
-        logprobs = torch.stack(sampler.logprobs, dim=1).numpy()
-        return [self._trajectory(*row) for row in zip(requests, completions, logprobs, strict=True)]
-
-    def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
-        if version <= self.version:
-            raise WeightMismatchError(f"weights {version} offered where {self.version} are held already")
-        load_buckets(self.model, list(buckets), source=f"weights {version}")
-        self.version = version
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return {name: torch.from_numpy(array).to(distributed.device()) for name, array in arrays.items()}
 
     def _trajectory(self, request: SamplingRequest, completion: np.ndarray, logprobs: np.ndarray) -> Trajectory:
         ends = np.flatnonzero(np.isin(completion, self.stop_ids))

@@ -216,6 +216,7 @@ def _write_model(run_dir: Path, checkpoint: Checkpoint, out: Path) -> None:
     from llmscale.engine.saved import saved_buckets
     from llmscale.models.export import SHARD_BYTES, save_hf
     from llmscale.models.loading import load_tokenizer
+    from llmscale.objectives.config import JUDGES
 
     config = _config(run_dir / "config.yaml")
     has_model = (run_dir / "hf" / "config.json").is_file()
@@ -223,6 +224,7 @@ def _write_model(run_dir: Path, checkpoint: Checkpoint, out: Path) -> None:
     tokenizer = load_tokenizer(str(own or config.model.tokenizer or config.model.path))
     model = _without_weights(config, str(run_dir / "hf") if has_model else config.model.path, tokenizer)
     if config.stage == "reward" and not has_model:
+        model.hf.config.judges = JUDGES[config.objective.reads]
         print("note: the scores are not standardised; a run that finishes measures their scale", file=sys.stderr)
     source = checkpoint.path / "policy" if config.stage == "rlhf" else checkpoint.path
     buckets = saved_buckets(source, model, SHARD_BYTES)

@@ -41,14 +41,13 @@ class RunConfig:
 
 @dataclass
 class StageConfig:
-    """What every stage that trains has."""
+    """What every stage with a run directory has."""
 
     stage: str = MISSING
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = MISSING
-    optim: OptimConfig = field(default_factory=OptimConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plugins: list[str] = field(default_factory=list)  # modules of yours that register more options
@@ -61,11 +60,21 @@ class StageConfig:
         if self.data.max_seq_len > self.model.max_position and self.model.path is None:
             what = f"{self.data.max_seq_len} tokens do not fit a model of {self.model.max_position} positions"
             yield "data.max_seq_len", what, "Lower it, or raise model.max_position."
+
+
+@dataclass
+class TrainedConfig(StageConfig):
+    """What every stage that trains has."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         yield from unfit_optimizer(self.engine, self.optim, "optim")
 
 
 @dataclass
-class SupervisedConfig(StageConfig):
+class SupervisedConfig(TrainedConfig):
     objective: ObjectiveConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -74,9 +83,11 @@ class SupervisedConfig(StageConfig):
         if self.cluster.trainer.num_workers > 1 and self.engine.name == "single":
             what = f"{self.cluster.trainer.num_workers} workers cannot share engine=single"
             yield "cluster.trainer.num_workers", what, "Add engine=deepspeed."
-        gives = "rankings" if self.stage == "reward" else "tokens"
-        if self.objective.reads != gives:
-            what = f"{self.objective.name} learns from {self.objective.reads}, {self.stage} gives it {gives}"
+        gives = ("rankings", "solutions") if self.stage == "reward" else ("tokens",)
+        if self.objective.reads not in gives:
+            what = (
+                f"{self.objective.name} learns from {self.objective.reads}, {self.stage} gives it {' or '.join(gives)}"
+            )
             yield "objective", what, "Leave it out: the stage chooses the right one."
         if self.stage != "pretrain" and self.model.path is None:
             yield "model.path", f"{self.stage} starts from a model", "Name a run directory, a folder or a hub name."
@@ -102,7 +113,7 @@ class RewardStageConfig(SupervisedConfig):
 
 @dataclass
 class RlhfTrainingConfig:
-    """How long an RLHF run is. prompts_per_step x rollout.group_size sequences are sampled at each step."""
+    """How long an RLHF run is. prompts_per_step x group_size sequences are sampled at each step."""
 
     num_steps: int = 50  # of: sample, score, update, publish
     prompts_per_step: int = 64
@@ -124,7 +135,7 @@ class CriticConfig:
 
 @option(STAGE, "rlhf", builds="llmscale.stages.rlhf_run:run")
 @dataclass
-class RlhfConfig(StageConfig):
+class RlhfConfig(TrainedConfig):
     """`model` is the policy's start and the reference; `optim` is the policy's."""
 
     stage: str = "rlhf"
@@ -143,6 +154,18 @@ class RlhfConfig(StageConfig):
         return default if self.rollout.max_logprob_diff is None else self.rollout.max_logprob_diff
 
     @property
+    def roles(self) -> list[str]:
+        """The pools that this run needs."""
+        critic = ["critic"] if self.algorithm.needs_critic else []
+        reference = ["reference"] if self.algorithm.needs_reference else []
+        return ["policy", *critic, *reference, "reward", "rollout"]
+
+    @property
+    def group_size(self) -> int:
+        """Completions of a prompt."""
+        return self.rollout.group_size or (8 if self.algorithm.needs_groups else 1)
+
+    @property
     def critic_path(self) -> str:
         """InstructGPT starts the critic from the reward model."""
         learned = self.reward.path if isinstance(self.reward, LearnedConfig) else None
@@ -154,22 +177,112 @@ class RlhfConfig(StageConfig):
         if self.engine.data_shard(1, 2) != (1, 2):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
-        if self.model.path is None:
-            yield "model.path", "rlhf starts from a model", "Name the run directory of an SFT run, or a folder."
+        yield from sampling_problems(self)
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
-        if self.rollout.max_new_tokens >= self.data.max_seq_len:
-            what = f"{self.rollout.max_new_tokens} leaves no room for a prompt in {self.data.max_seq_len} tokens"
-            yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
-        if self.algorithm.global_batch_size > self.training.prompts_per_step * self.rollout.group_size:
-            made = f"{self.training.prompts_per_step} x {self.rollout.group_size}"
+        if self.algorithm.needs_groups and self.group_size < 2:
+            what = "this algorithm compares the samples of a prompt with each other, and there is one of each"
+            yield "rollout.group_size", what, "Set it to 4 or more."
+        if self.algorithm.global_batch_size > self.training.prompts_per_step * self.group_size:
+            made = f"{self.training.prompts_per_step} x {self.group_size}"
             what = f"{self.algorithm.global_batch_size} sequences an update, but a step samples {made}"
             yield "algorithm.global_batch_size", what, "Lower it, or raise training.prompts_per_step."
         if self.engine.name == "single":
-            for role in ("policy", "critic"):
+            for role in {"policy", "critic"}.intersection(self.roles):
                 if getattr(self.cluster, role).num_workers > 1:
                     what = "several workers cannot share engine=single"
                     yield f"cluster.{role}.num_workers", what, "Add engine=deepspeed."
+
+
+@dataclass
+class MethodConfig:
+    """How `collect` finds completions, and which of them SFT is to learn."""
+
+    name: str = MISSING
+
+
+@option("method", "best_of_n")
+@dataclass
+class BestOfNConfig(MethodConfig):
+    """Samples; SFT learns the best of each prompt (Stiennon et al. 2020, arXiv:2009.01325)."""
+
+    name: str = "best_of_n"
+
+
+@option("method", "beam")
+@dataclass
+class BeamConfig(MethodConfig):
+    """Beam search, which takes no account of the reward; SFT learns the best by reward of what it returns."""
+
+    name: str = "beam"
+    num_beams: int | None = None  # completions carried along, num_samples or more; None: num_samples
+    length_penalty: float = 0.0  # beams are compared by log p / tokens^this: 0 by probability, 1 by the mean of a token
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, num_beams=1, length_penalty=0)
+
+
+@option("method", "rejection")
+@dataclass
+class RejectionConfig(MethodConfig):
+    """Samples; SFT learns all that are good enough, of any prompt (RAFT: Dong et al. 2023, arXiv:2304.06767)."""
+
+    name: str = "rejection"
+    min_score: float | None = None  # learn what scores at least this; None: see keep_fraction
+    keep_fraction: float | None = None  # learn the best of all, ties with the last included; above 0, 1 at most
+
+    def problems(self) -> Iterator[Problem]:
+        if (self.min_score is None) == (self.keep_fraction is None):
+            what = f"{'neither' if self.min_score is None else 'both'} of min_score and keep_fraction is set"
+            yield "min_score", what, "Set one: method.min_score=1 or method.keep_fraction=0.25."
+        if self.keep_fraction is not None and not 0 < self.keep_fraction <= 1:
+            yield (
+                "keep_fraction",
+                f"must be above 0 and at most 1, is {self.keep_fraction}",
+                "0.25 is the best quarter.",
+            )
+
+
+@option(STAGE, "collect", builds="llmscale.stages.collect:run")
+@dataclass
+class CollectConfig(StageConfig):
+    """`model` answers every prompt of `data.train` once, `reward` scores the answers. Nothing is trained: of `engine` the
+    precision alone matters."""
+
+    stage: str = "collect"
+    method: MethodConfig = MISSING
+    num_samples: int = 8  # completions of each prompt
+    reward: RewardConfig = MISSING
+    true_reward: RewardConfig | None = None  # only reported: what the reward stands for, where known
+    rollout: RolloutConfig = MISSING
+    prompts_per_step: int = 32  # sampled, scored and written together; an interrupted run repeats no more than that
+
+    @property
+    def num_beams(self) -> int:
+        """0: completions are sampled."""
+        return (self.method.num_beams or self.num_samples) if isinstance(self.method, BeamConfig) else 0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from at_least(self, num_samples=1, prompts_per_step=1)
+        yield from sampling_problems(self)
+        if self.rollout.group_size is not None:
+            yield "rollout.group_size", "collect has another name for it", "Set num_samples instead."
+        if self.data.validation is not None:
+            yield "data.validation", "collect reads data.train alone", "Leave it out; collect twice for two sets."
+        if self.data.mixture_weights or self.data.mixture_temperature != 1 or self.data.mixture_cap is not None:
+            yield "data.mixture_weights", "collect takes every prompt of a mixture once", "Leave the shares out."
+        temperature = self.rollout.temperature
+        if self.num_beams:
+            if self.num_beams < self.num_samples:
+                what = f"{self.num_beams} beams cannot return num_samples={self.num_samples}"
+                yield "method.num_beams", what, "Raise it, or leave it out."
+            if self.rollout.name != "hf":
+                yield "rollout", "beam search runs on rollout=hf alone", "Choose it."
+            if temperature != 1:
+                yield "rollout.temperature", "beam search samples nothing", "Leave it at 1."
+        elif temperature == 0 and self.num_samples > 1:
+            yield "rollout.temperature", "greedy samples are all the same", "Set it above 0, or num_samples=1."
 
 
 @option(STAGE, "pipeline", builds="llmscale.stages.pipeline:run")
@@ -218,6 +331,16 @@ class GenerateConfig(UseConfig):
 @dataclass
 class ChatConfig(UseConfig):
     stage: str = "chat"
+
+
+def sampling_problems(config: RlhfConfig | CollectConfig) -> Iterator[Problem]:
+    """What has to be there to sample completions of prompts."""
+    if config.model.path is None:
+        what = f"{config.stage} starts from a model"
+        yield "model.path", what, "Name the run directory of an SFT run, or a folder."
+    if config.rollout.max_new_tokens >= config.data.max_seq_len:
+        what = f"{config.rollout.max_new_tokens} leaves no room for a prompt in {config.data.max_seq_len} tokens"
+        yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
 
 
 def unfit_optimizer(engine: EngineConfig, optim: OptimConfig, where: str) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ Five pools of workers (policy, critic, reference, reward, rollout) run in Ray ac
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from llmscale.batch import Prompt, Trajectory
 from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
-from llmscale.config import build
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
 from llmscale.protocols import SamplingRequest
@@ -27,10 +26,14 @@ from llmscale.rl.experience import (
     check_first_update,
     check_on_policy,
     check_rewards,
+    groups_of,
+    is_informative,
     minibatches,
+    overlong_penalty,
 )
+from llmscale.rl.kl import AdaptiveCoefficient
 from llmscale.stages.config import RlhfConfig
-from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
+from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
 
 Metrics = dict[str, float]
 
@@ -43,32 +46,53 @@ class Rlhf:
     ):
         self.config, self.prompts, self.pools, self.versions = config, prompts, pools, versions
         self.order = prompts.order(config.run.seed)
-        self.algorithm = build(config.algorithm)
+        self.algorithm = new_algorithm(config)
+        self.kl_coef = AdaptiveCoefficient(
+            config.algorithm.kl_coef, config.algorithm.kl_target, config.algorithm.kl_horizon
+        )
         self.step = 0
+        self.num_draws = 0  # prompts drawn so far; a draw's number is its id
         self.timings: Metrics = {}
 
     def iterate(self) -> tuple[Metrics, list[Scored]]:
         """One step: what it measured, and the samples that it learned from."""
         self.timings = {}
-        with self.timed("generate"):
-            trajectories = self.sample(self.draw())
-        with self.timed("score"):
-            scored = self.score(trajectories)
-        experience, metrics = build_experience(self.algorithm, scored, self.config.algorithm.kl_coef)
+        scored = self.collect()
+        experience, metrics = build_experience(self.algorithm, scored, self.kl_coef.value)
         check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)
         with self.timed("publish"):
             self.publish()
         self.step += 1
-        metrics["perf/tokens_per_s"] = sum(t.completion_len for t in trajectories) / sum(self.timings.values())
+        if "kl/ref" in metrics:
+            metrics["kl/coef"] = self.kl_coef.value
+            self.kl_coef.update(metrics["kl/ref"], len(scored))
+        metrics["perf/tokens_per_s"] = sum(s.trajectory.completion_len for s in scored) / sum(self.timings.values())
         return metrics | self.timings, scored
 
-    def draw(self) -> list[SamplingRequest]:
-        """This step's prompts, `group_size` samples of each."""
-        size, group = self.config.training.prompts_per_step, self.config.rollout.group_size
-        drawn = enumerate(self.order.batch(self.step, size), start=self.step * size)
-        return [SamplingRequest(self.prompts.train[i], draw_id, k) for draw_id, i in drawn for k in range(group)]
+    def collect(self) -> list[Scored]:
+        """Sample and score this step's prompts; where `filter_groups`, others for those whose samples all got the same reward,
+        which teach nothing (dynamic sampling: Yu et al. 2025, section 3.2)."""
+        algorithm, wanted = self.config.algorithm, self.config.training.prompts_per_step
+        kept: list[list[Scored]] = []
+        for _ in range(algorithm.max_draws if algorithm.filter_groups else 1):
+            with self.timed("generate"):
+                trajectories = self.sample(self.draw(wanted - len(kept)))
+            with self.timed("score"):
+                groups = groups_of(self.score(trajectories))
+            kept += [g for g in groups if not algorithm.filter_groups or is_informative(g)]
+            if len(kept) == wanted:
+                break
+        return [scored for group in kept or groups for scored in group]  # none of them teaches: an update of nothing
+
+    def draw(self, num_prompts: int) -> list[SamplingRequest]:
+        """The next prompts, `group_size` samples of each."""
+        draws = np.arange(self.num_draws, self.num_draws + num_prompts)
+        self.num_draws += num_prompts
+        pairs = zip(draws.tolist(), self.order.at(draws).tolist(), strict=True)
+        group = range(self.config.group_size)
+        return [SamplingRequest(self.prompts.train[i], draw_id, k) for draw_id, i in pairs for k in group]
 
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests)).wait()
@@ -77,13 +101,25 @@ class Rlhf:
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
         """Rewards, and every model's view of every token; the four pools work side by side."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
-        ref_logprobs = self.pools["reference"].map(ReferenceRole.logprobs, trajectories)
         old_logprobs = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
-        values = self.pools["critic"].map(CriticRole.values, trajectories)
+        ref_logprobs = self.view("reference", ReferenceRole.logprobs, trajectories)
+        values = self.view("critic", CriticRole.values, trajectories)
         pairs = [pair for unit in rewards.wait() for pair in unit]
         check_rewards(trajectories, [reward for reward, _ in pairs])
-        views = zip(trajectories, pairs, old_logprobs.wait(), ref_logprobs.wait(), values.wait(), strict=True)
-        return [Scored(t, reward, true, old, ref, value) for t, (reward, true), old, ref, value in views]
+        views = zip(trajectories, pairs, old_logprobs.wait(), ref_logprobs(), values(), strict=True)
+        return [Scored(t, r + self.penalty(t), true, old, ref, value) for t, (r, true), old, ref, value in views]
+
+    def view(
+        self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]
+    ) -> Callable[[], list[Any]]:
+        """Begin to ask a role about every trajectory; None for each where the algorithm needs no such role."""
+        if role not in self.pools:
+            return lambda: [None] * len(trajectories)
+        return self.pools[role].map(method, trajectories).wait
+
+    def penalty(self, trajectory: Trajectory) -> float:
+        algorithm, limit = self.config.algorithm, self.config.rollout.max_new_tokens
+        return overlong_penalty(trajectory.completion_len, limit, algorithm.overlong_share, algorithm.overlong_penalty)
 
     def update(self, experience: Sequence[Experience]) -> Metrics:
         """Every epoch over every minibatch, policy and critic side by side."""
@@ -94,10 +130,10 @@ class Rlhf:
             for indexes in minibatches(len(experience), algorithm.global_batch_size, seed, self.step, epoch)
         ]
         policy = self.pools["policy"].call(PolicyRole.update, batches)
-        critic = self.pools["critic"].call(CriticRole.update, batches)
-        policy_steps, critic_steps = policy.wait()[0], critic.wait()[0]
+        critic = self.pools["critic"].call(CriticRole.update, batches) if "critic" in self.pools else None
+        policy_steps = policy.wait()[0]
         check_first_update(policy_steps[0]["approx_kl"], self.config.max_logprob_diff)
-        return _means("policy", policy_steps) | _means("value", critic_steps)
+        return _means("policy", policy_steps) | (_means("value", critic.wait()[0]) if critic else {})
 
     def publish(self) -> None:
         """New weights for every rollout worker, checked by fingerprint on both sides."""
@@ -129,7 +165,8 @@ class Rlhf:
     def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.timings[f"timing_s/{name}"] = time.perf_counter() - started
+        key = f"timing_s/{name}"
+        self.timings[key] = self.timings.get(key, 0.0) + time.perf_counter() - started
 
 
 def _means(prefix: str, steps: Sequence[Metrics]) -> Metrics:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmscale.batch import Prompt
+from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
+from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool, opened_pools
@@ -20,12 +22,12 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
-from llmscale.rl.experience import Scored
-from llmscale.stages.config import RlhfConfig, check_context
+from llmscale.rl.overoptimisation import overoptimisation
+from llmscale.stages.config import CollectConfig, RlhfConfig, check_context
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from llmscale.tracking.composite import open_trackers
-from llmscale.tracking.jsonl import last_metrics
+from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
 from llmscale.training.stop import signals
 
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
@@ -52,6 +54,7 @@ class RlhfRun:
         self.prompts = load_prompts(config.data, load_tokenizer(path), config.rollout.max_new_tokens)
         check_columns(config, [*self.prompts.train, *self.prompts.validation])
         self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
+        self.trained = {name: role for name, role in TRAINED.items() if name in config.roles}
         self.first_eval: Metrics = {}
 
     def train(self) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class RlhfRun:
             tracker.event("plan", **plan(self.config))
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
+            verdict = self.look_for_overoptimisation()
             status = "done"
         except Requeue:
             status = "stopped"
@@ -84,6 +88,7 @@ class RlhfRun:
             "example": (self.prompts.validation or self.prompts.train)[0].text,
             "before": self.first_eval,
             "metrics": last_metrics(self.directory.path),
+            "overoptimisation": verdict,
         }
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
@@ -91,6 +96,7 @@ class RlhfRun:
         rlhf = Rlhf(self.config, self.prompts, pools, VersionCounter(self.directory.path / "weight_version"))
         state = RunState()
         state.register("loop", Progress(rlhf, self))
+        state.register("kl_coef", rlhf.kl_coef)
         if checkpoint is not None:
             self.restore(rlhf, state, checkpoint)
         else:
@@ -102,7 +108,7 @@ class RlhfRun:
                 metrics, samples = rlhf.iterate()
                 if self.due(rlhf.step, training.eval_every_steps):
                     metrics |= rlhf.evaluate()
-                self.tracker.samples(rlhf.step, [sample_record(s) for s in samples])
+                self.tracker.samples(rlhf.step, [sample_record(s.trajectory, s.reward, s.true_reward) for s in samples])
                 self.tracker.log(rlhf.step, metrics)
                 stop = signals.received
                 if stop or self.due(rlhf.step, training.save_every_steps):
@@ -111,9 +117,18 @@ class RlhfRun:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
         pools["policy"].call(PolicyRole.export, str(self.directory.hf.resolve())).wait()
 
+    def look_for_overoptimisation(self) -> str | None:
+        """One line, where there is a true score; the numbers are in an event and in overoptimisation.md."""
+        found = overoptimisation(read_jsonl(self.directory.path / METRICS))
+        if found is None:
+            return None
+        self.tracker.event("overoptimisation", **asdict(found), verdict=found.verdict)
+        atomic_write_text(self.directory.path / "overoptimisation.md", found.table())
+        return found.verdict
+
     def save(self, rlhf: Rlhf, state: RunState) -> None:
         def write(directory: Path) -> None:
-            for name, role in TRAINED.items():
+            for name, role in self.trained.items():
                 (directory / name).mkdir()
                 rlhf.pools[name].call(role.save, str((directory / name).resolve())).wait()
             state.save(directory)
@@ -125,7 +140,7 @@ class RlhfRun:
 
     def restore(self, rlhf: Rlhf, state: RunState, checkpoint: Checkpoint) -> None:
         state.load(checkpoint.path)
-        for name, role in TRAINED.items():
+        for name, role in self.trained.items():
             rlhf.pools[name].call(role.load, str((checkpoint.path / name).resolve())).wait()
         rlhf.publish()
         self.tracker.event("resumed", step=rlhf.step, checkpoint=str(checkpoint.path))
@@ -133,7 +148,7 @@ class RlhfRun:
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
         config_file = str((self.directory.path / "config.yaml").resolve())
-        builds = {name: partial(role, config_file) for name, role in ROLES.items()}
+        builds = {name: partial(ROLES[name], config_file) for name in self.config.roles}
         started = time.perf_counter()
         with opened_pools(self.config.cluster, builds, self.directory.attempt_dir) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
@@ -162,13 +177,17 @@ class Progress:
         self.rlhf, self.run = rlhf, run
 
     def state_dict(self) -> State:
-        return {"step": self.rlhf.step, "first_eval": self.run.first_eval}
+        return {"step": self.rlhf.step, "num_draws": self.rlhf.num_draws, "first_eval": self.run.first_eval}
 
     def load_state_dict(self, state: State) -> None:
-        self.rlhf.step, self.run.first_eval = state["step"], state["first_eval"]
+        self.rlhf.step, self.rlhf.num_draws, self.run.first_eval = (
+            state["step"],
+            state["num_draws"],
+            state["first_eval"],
+        )
 
 
-def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
+def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
     for name in ("reward", "true_reward"):
         reward = getattr(config, name)
@@ -181,7 +200,7 @@ def check_columns(config: RlhfConfig, prompts: Sequence[Prompt]) -> None:
 
 def plan(config: RlhfConfig) -> dict[str, Any]:
     """The batch arithmetic, so that nobody has to guess."""
-    prompts, group = config.training.prompts_per_step, config.rollout.group_size
+    prompts, group = config.training.prompts_per_step, config.group_size
     minibatches_per_epoch = -(-prompts * group // config.algorithm.global_batch_size)
     return {
         "prompts": prompts,
@@ -191,20 +210,19 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
         "epochs": config.algorithm.num_epochs,
         "optimizer_steps": config.training.num_steps * config.algorithm.num_epochs * minibatches_per_epoch,
         "micro_batch_size": config.engine.micro_batch_size,
-        "workers": {name: getattr(config.cluster, name).num_workers for name in ROLES},
+        "workers": {name: getattr(config.cluster, name).num_workers for name in config.roles},
     }
 
 
-def sample_record(sample: Scored) -> dict[str, Any]:
+def sample_record(trajectory: Trajectory, reward: float, true_reward: float | None) -> dict[str, Any]:
     """A line of samples.jsonl, complete enough to train from."""
-    trajectory = sample.trajectory
     return {
         "draw_id": trajectory.draw_id,
         "sample_index": trajectory.sample_index,
         "prompt": trajectory.prompt.text,
         "completion": trajectory.completion,
-        "reward": sample.reward,
-        "true_reward": sample.true_reward,
+        "reward": reward,
+        "true_reward": true_reward,
         "finished": trajectory.finished,
         "token_ids": trajectory.token_ids.tolist(),
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),

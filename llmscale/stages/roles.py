@@ -1,5 +1,5 @@
-"""What each worker of an RLHF run holds. A role joins an engine with the algorithm; it runs in a Ray actor or in the driver's
-own process and knows nothing of either. Every role reads the frozen config of the run.
+"""What each worker of an RLHF run, or of a collection, holds. A role joins an engine with the algorithm; it runs in a Ray
+actor or in the driver's own process and knows nothing of either. Every role reads the frozen config of the run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
 from llmscale.optim.config import OptimConfig
-from llmscale.protocols import Forward, Objective, SamplingRequest, TrainEngine
-from llmscale.rl.experience import Experience
+from llmscale.protocols import Forward, Objective, RolloutEngine, SamplingRequest, TrainEngine
+from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
-from llmscale.stages.config import RlhfConfig
+from llmscale.rollout.beam import BeamSearch
+from llmscale.rollout.config import HFRolloutConfig
+from llmscale.stages.config import BeamConfig, CollectConfig, RlhfConfig, StageConfig
+
+
+def new_algorithm(config: RlhfConfig) -> Algorithm:
+    algorithm: Algorithm = build(config.algorithm, config.rollout.max_new_tokens)
+    return algorithm
 
 
 class TrainedRole:
@@ -66,7 +73,7 @@ class TrainedRole:
 
     def _total_steps(self) -> int:
         training, algorithm = self.config.training, self.config.algorithm
-        sequences = training.prompts_per_step * self.config.rollout.group_size
+        sequences = training.prompts_per_step * self.config.group_size
         return training.num_steps * algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
 
     def _new_engine(self, model: Any, optim: OptimConfig) -> TrainEngine:
@@ -77,7 +84,7 @@ class PolicyRole(TrainedRole):
     def __init__(self, config_file: str):
         super().__init__(config_file)
         self.engine = self._new_engine(load_language_model(str(self.config.model.path)), self.config.optim)
-        algorithm = build(self.config.algorithm)
+        algorithm = new_algorithm(self.config)
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
         self.objective = PolicyObjective(algorithm, temperature, entropy_coef)
 
@@ -95,7 +102,7 @@ class CriticRole(TrainedRole):
         super().__init__(config_file)
         model = load_scalar_model(self.config.critic_path, seed=self.config.run.seed, zero_head=True)
         self.engine = self._new_engine(model, self.config.critic.optim)
-        self.objective = ValueObjective(build(self.config.algorithm))
+        self.objective = ValueObjective(new_algorithm(self.config))
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """Value of the state before each token, float32 [T] a trajectory."""
@@ -120,7 +127,7 @@ class RewardRole:
     """The reward that is trained on, and the one that is only watched."""
 
     def __init__(self, config_file: str):
-        config: RlhfConfig = load(Path(config_file))
+        config: RlhfConfig | CollectConfig = load(Path(config_file))
         tokenizer = load_tokenizer(str(config.model.path))
         self.reward = build(config.reward, tokenizer)
         self.true_reward = build(config.true_reward, tokenizer) if config.true_reward is not None else None
@@ -134,11 +141,21 @@ class RewardRole:
 
 class RolloutRole:
     def __init__(self, config_file: str):
-        config: RlhfConfig = load(Path(config_file))
+        config: RlhfConfig | CollectConfig = load(Path(config_file))
         path = str(config.model.path)
         model, tokenizer = load_language_model(path), load_tokenizer(path)
         cast_parameters(model, torch_dtype(config))
-        self.engine = build(config.rollout, model, tokenizer, config.run.seed, ChatRenderer(tokenizer).stop_ids)
+        around = (model, tokenizer, config.run.seed, ChatRenderer(tokenizer).stop_ids)
+        if isinstance(config, CollectConfig) and isinstance(config.method, BeamConfig):
+            self.engine: RolloutEngine = BeamSearch(
+                HFRolloutConfig(max_new_tokens=config.rollout.max_new_tokens),
+                *around,
+                num_best=config.num_samples,
+                num_beams=config.num_beams,
+                length_penalty=config.method.length_penalty,
+            )
+        else:
+            self.engine = build(config.rollout, *around)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         return self.engine.generate(requests)
@@ -176,5 +193,5 @@ def token_budget(config: RlhfConfig, engine: TrainEngine | FrozenEngine) -> Toke
     return TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, engine.packed)
 
 
-def torch_dtype(config: RlhfConfig) -> torch.dtype:
+def torch_dtype(config: StageConfig) -> torch.dtype:
     return torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32

@@ -16,7 +16,9 @@ REACHED = {
     "pretrain": [("eval/loss", "validation loss"), ("train/loss", "training loss")],
     "sft": [("eval/loss", "validation loss"), ("train/loss", "training loss")],
     "reward": [("eval/accuracy", "held-out pairwise accuracy"), ("train/accuracy", "training pairwise accuracy")],
+    "process": [("eval/accuracy", "held-out accuracy of steps"), ("train/accuracy", "training accuracy of steps")],
     "rlhf": [("reward/mean", "learned reward"), ("kl/ref", "KL to the SFT model")],
+    "collect": [("rankings/records", "rankings"), ("sft/records", "conversations for SFT")],
 }
 
 # What tells the jobs of a sweep apart, in the order shown, and which of several values is the best.
@@ -27,6 +29,8 @@ COMPARED: dict[str, Callable[..., Any]] = {
     "eval/reward/true": max,
     "eval/reward/mean": max,
     "reward/mean": max,
+    "reward/best": max,
+    "reward/true_of_best": max,
 }
 Key = tuple[str, str]  # stage and metric
 
@@ -64,8 +68,23 @@ def next_commands(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def reached(stage: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Lines such as `held-out pairwise accuracy 0.941`."""
     metrics = results[stage]["metrics"]
-    shown = [(label, metrics[name]) for name, label in REACHED.get(stage, []) if metrics.get(name) is not None]
+    kind = "process" if results[stage].get("objective") == "process" else stage
+    shown = [(label, metrics[name]) for name, label in REACHED.get(kind, []) if metrics.get(name) is not None]
+    if stage == "collect":
+        scores = {"reward": ("reward/mean", "reward/best"), "true score": ("reward/true", "reward/true_of_best")}
+        return [
+            *(
+                f"{name} {metrics[a]:.3f}, of the best {metrics[b]:.3f}"
+                for name, (a, b) in scores.items()
+                if a in metrics
+            ),
+            *(f"{label} {value}" for label, value in shown),
+        ]
     lines = [f"{label} {value:.3f}" for label, value in (shown if stage == "rlhf" else shown[:1])]
+    if metrics.get("eval/ece") is not None:
+        lines.append(f"held-out calibration error {metrics['eval/ece']:.3f}")
+    if verdict := results[stage].get("overoptimisation"):
+        lines.append(verdict)
     before, after = (results.get("rlhf", {}).get(when, {}) for when in ("before", "metrics"))
     for name, label in (("eval/reward/true", "held-out true score"), ("eval/reward/mean", "held-out learned reward")):
         if stage == "sft" and name in before and label.endswith("score"):

@@ -25,7 +25,7 @@ from llmscale.checkpoint.run_state import RunState
 from llmscale.config import build, to_dict
 from llmscale.data.batching import Prefetcher, TokenBudget
 from llmscale.data.examples import Examples
-from llmscale.data.splits import Split, load_conversations, load_rankings, load_text
+from llmscale.data.splits import Split, load_conversations, load_rankings, load_solutions, load_text
 from llmscale.data.text import read_texts
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.engine.config import Precision
@@ -42,6 +42,7 @@ from llmscale.models.loading import (
 )
 from llmscale.phases import phase
 from llmscale.protocols import Tracker
+from llmscale.stages.appraisal import appraise, check_ratings
 from llmscale.stages.config import SupervisedConfig, check_context
 from llmscale.tracking.composite import NullTracker, open_trackers
 from llmscale.tracking.jsonl import last_metrics
@@ -53,10 +54,11 @@ from llmscale.training.watchdog import Watchdog
 
 ROLE = "trainer"
 PATIENCE_S = 3600.0  # longest wait for what one rank does for all: train a tokenizer, write or verify a checkpoint
-LOADERS: dict[str, Callable[..., Split[Any]]] = {
-    "pretrain": load_text,
-    "sft": load_conversations,
-    "reward": load_rankings,
+LOADERS: dict[tuple[str, str], Callable[..., Split[Any]]] = {  # by stage and what its objective reads
+    ("pretrain", "tokens"): load_text,
+    ("sft", "tokens"): load_conversations,
+    ("reward", "rankings"): load_rankings,
+    ("reward", "solutions"): load_solutions,
 }
 
 
@@ -69,13 +71,17 @@ class SupervisedRun:
         self.barrier = distributed.new_barrier(PATIENCE_S)
         self.say(f"reading {', '.join(config.data.sources.values())}")
         self.tokenizer = prepare_tokenizer(config, run_dir, self.barrier)
-        self.split = LOADERS[config.stage](config.data, self.tokenizer, Path(config.run.dir) / ".cache")
+        self.split = LOADERS[config.stage, config.objective.reads](
+            config.data, self.tokenizer, Path(config.run.dir) / ".cache"
+        )
         self.barrier()  # one rank of each host has built what the others now read
         self.order = self.split.order(config.run.seed)
         self.num_steps = config.training.num_steps or math.ceil(
             config.training.num_epochs * len(self.split.train) / config.training.global_batch_size
         )
         self.objective = build(config.objective)
+        if config.stage == "reward":
+            check_ratings(self)
         self.say(f"loading {config.model.path}" if config.model.path else "building a new model")
         model = new_model(config, self.tokenizer)
         if config.stage == "pretrain":
@@ -136,6 +142,7 @@ class SupervisedRun:
             self.tracker.finish(status)
         return {
             "stage": self.config.stage,
+            "objective": self.config.objective.name,
             "run_dir": str(self.config.run_dir),
             "steps": self.engine.num_steps,
             "seconds": time.perf_counter() - started,
@@ -275,28 +282,12 @@ class SupervisedRun:
     def export(self) -> None:
         if self.config.stage == "reward":
             with self.engine.averaged():
-                self.note_score_scale()
+                appraise(self)
         hf = self.run_dir / "hf"
         if self.world.is_main:
             commit_directory(hf, lambda partial: self.engine.export(partial, self.tokenizer))
         else:
             self.engine.export(hf, self.tokenizer)
-
-    def note_score_scale(self) -> None:
-        """Mean and deviation of a reward model's scores, noted in its config (see `ScalarModel`): of the validation
-        completions, else of as many of the training ones."""
-        examples = self.split.validation or self.split.train
-        num = len(self.split.validation) or min(256, len(self.split.train))
-        outputs = self.engine.forward(
-            self.prepare(examples, range(num)), lambda f, b: {"scores": f(b).flatten()[b["ends"]]}
-        )
-        scores = np.array(distributed.gather([x for output in outputs for x in output["scores"].tolist()]))
-        config = self.engine.model.hf.config
-        mean, std = (
-            getattr(config, "score_mean", 0.0),
-            getattr(config, "score_std", 1.0),
-        )  # of the model it started from
-        config.score_mean, config.score_std = mean + std * float(scores.mean()), std * float(max(scores.std(), 1e-6))
 
     def open_tracker(self) -> Tracker:
         if not self.world.is_main:

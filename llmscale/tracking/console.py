@@ -19,6 +19,7 @@ HEADLINES = (
     "eval/loss",
     "eval/accuracy",
     "reward/mean",
+    "reward/best",
     "eval/reward/mean",
     "reward/true",
     "eval/reward/true",

@@ -84,19 +84,26 @@ def append_event(directory: Path, kind: str, **details: Any) -> None:
         file.write(_to_line({"time_s": _now_s(), "kind": kind, **details}))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file, without half a record that a crash or a writer at work left at its end.
 
     Raises: DataError for a line before the last that is not a JSON object.
     """
-    return [record for _, record in _records(path)]
+    return (record for _, record in _records(path))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return list(iter_jsonl(path))
 
 
 def last_metrics(run_dir: Path) -> dict[str, float]:
-    """The metrics of the last step that logged any."""
+    """The metrics of the last step that logged any; a step may have logged several times."""
     path = run_dir / METRICS
     records = read_jsonl(path) if path.exists() else []
-    return {name: value for name, value in (records[-1] if records else {}).items() if name not in ("step", "time_s")}
+    last: dict[str, float] = {}
+    for record in records:
+        last |= record if record["step"] == records[-1]["step"] else {}
+    return {name: value for name, value in last.items() if name not in ("step", "time_s")}
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from llmscale.checkpoint.durable import atomic_write_text, commit_directory, discard, remove, replaced
+from llmscale.checkpoint.durable import (
+    atomic_write_lines,
+    atomic_write_text,
+    commit_directory,
+    discard,
+    remove,
+    replaced,
+)
 
 
 def _write(text: str):
@@ -29,6 +36,18 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
     with pytest.raises(UnicodeEncodeError):
         atomic_write_text(tmp_path / "a", "half \udc00")
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_lines_whose_source_fails_leave_the_old_ones(tmp_path: Path):
+    def lines():
+        yield "new\n"
+        raise ValueError("no more")
+
+    atomic_write_lines(tmp_path / "a", ["old\n", "lines\n"])
+    with pytest.raises(ValueError, match="no more"):
+        atomic_write_lines(tmp_path / "a", lines())
+    assert (tmp_path / "a").read_text() == "old\nlines\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_directory_replaces_the_old_one(tmp_path: Path):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from llmscale.data.cache import FORMAT
 from llmscale.data.config import DataConfig, OnCorrupt, Packing, TooLong
-from llmscale.data.splits import load_conversations, load_rankings, load_text
+from llmscale.data.splits import load_conversations, load_rankings, load_solutions, load_text
 from llmscale.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
 CHATS = [{"prompt": f"Q{i}", "completion": f"A{i} " * i, "text": f"T{i}", "other": f"Q{i}"} for i in range(6)]
@@ -130,19 +130,26 @@ def test_what_is_stored_changes_only_with_the_format_version(write, cache):
     """If this fails and the change is meant, raise cache.FORMAT, so that nobody trains on what an older version stored."""
     tokenizer = train_tokenizer(iter(["the cat"]), MIN_VOCAB_SIZE, 64)
     rankings = [{"prompt": "Q", "completions": ["A", "B", "A"], "ranks": [2, 1, 2]}, {"prompt": "Q", "chosen": "A"}]
-    rankings[1]["rejected"] = "ü"
+    rankings[1] |= {"rejected": "ü", "margin": 0.5}
     load_text(DataConfig(train=write("t.jsonl", [{"text": "the cat <|eos|>"}, {"text": ""}])), tokenizer, cache)
     talk = [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "<|user|>"), ("assistant", "A"))]
     load_conversations(DataConfig(train=write("c.jsonl", [*CHATS, {"messages": talk}])), tokenizer, cache)
     load_rankings(DataConfig(train=write("r.jsonl", rankings)), tokenizer, cache)
+    judged = {"prompt": "Q", "steps": ["a", "b", "c"], "labels": [True, None, 0.25]}
+    load_solutions(DataConfig(train=write("s.jsonl", [judged])), tokenizer, cache)
     stored = {}
     for name in kept(cache):
         kind = json.loads((cache / name / "arrays.json").read_text())["facts"]["kind"]
         content = b"".join(p.name.encode() + p.read_bytes() for p in sorted((cache / name).glob("*.bin")))
         stored[kind] = blake2b(content, digest_size=8).hexdigest()
     assert (FORMAT, stored) == (
-        1,
-        {"text": "3efd2970fc5615c1", "conversations": "0c7a40df66e9bf6e", "rankings": "9b7b9c3e2df8c3d5"},
+        2,
+        {
+            "text": "3efd2970fc5615c1",
+            "conversations": "0c7a40df66e9bf6e",
+            "rankings": "0e2173a878189d56",
+            "solutions": "eeb636ae6f56c936",
+        },
     )
 
 

@@ -47,6 +47,7 @@ def test_rankings_of_several_sizes():
         "offsets": np.array([0, 3, 4, 8, 10, 12]),
         "groups": np.array([0, 2, 5]),
         "ranks": np.array([1, 2, 1, 1, 3]),
+        "ratings": np.array([np.nan, np.nan, 0.5, 0.5, -2.0]),
     }
     examples = RankedExamples(arrays, np.array([0, 1]))
     assert [[s.tolist() for s in e.sequences] for e in examples] == [
@@ -54,6 +55,7 @@ def test_rankings_of_several_sizes():
         [[4, 5, 6, 7], [8, 9], [10, 11]],
     ]
     assert [e.ranks for e in examples] == [(1, 2), (1, 1, 3)] and type(examples[0].ranks[0]) is int
+    assert [e.ratings for e in examples] == [None, (0.5, 0.5, -2.0)]
     assert all(s.dtype == np.int64 for e in examples for s in e.sequences)
     assert examples.lengths.tolist() == [4, 8]
     assert RankedExamples(arrays, np.array([1]))[0].ranks == (1, 1, 3)

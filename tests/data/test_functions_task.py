@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from llmscale.data.functions_task import FORGETS, PROGRAMS, SPLITS, answer_of, assertions_of, prompt_of, records
-from llmscale.data.tasks import read_task
+from llmscale.data.functions_task import FORGETS, PROGRAMS, answer_of, assertions_of
+from llmscale.data.tasks import FUNCTIONS, read_task
 from llmscale.errors import DataError
 
 
@@ -25,9 +23,9 @@ def given(split: str, seed: int = 0, size: int = 300) -> list[dict]:
     return list(read_task(f"task:functions/{split}?seed={seed}&size={size}"))
 
 
-@pytest.mark.parametrize("steps", PROGRAMS[::7])
-def test_the_answer_passes(steps: tuple[str, ...]):
-    assert passes(answer_of(steps), assertions_of(steps))
+@pytest.mark.parametrize("prompt", PROGRAMS[::7])
+def test_the_answer_passes(prompt: str):
+    assert passes(answer_of(prompt), assertions_of(prompt))
 
 
 def test_the_brackets_matter():
@@ -36,11 +34,10 @@ def test_the_brackets_matter():
 
 
 def test_as_it_is_written():
-    steps = ("increment", "double", "square")
-    assert prompt_of(steps) == "increment, double, square"
-    assert answer_of(steps) == "def f(x): return ((x+1)*2)**2"
-    assert answer_of(steps, brackets=False) == "def f(x): return x+1*2**2"
-    assert assertions_of(steps) == [
+    prompt = "increment, double, square"
+    assert answer_of(prompt) == "def f(x): return ((x+1)*2)**2"
+    assert answer_of(prompt, brackets=False) == "def f(x): return x+1*2**2"
+    assert assertions_of(prompt) == [
         "assert f(-3) == 16",
         "assert f(0) == 4",
         "assert f(1) == 16",
@@ -54,11 +51,11 @@ def test_a_demonstration_is_as_careless_as_it_is_said_to_be():
     assert without / len(pairs) == pytest.approx(FORGETS, abs=0.04)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", FUNCTIONS)
 def test_a_seed_says_everything(split: str):
     assert given(split, 3, 50) == given(split, 3, 50) != given(split, 4, 50)
     assert given(split, 3, 50)[:20] == given(split, 3, 20)
-    assert len(list(read_task(f"task:functions/{split}"))) == SPLITS[split][0]
+    assert len(list(read_task(f"task:functions/{split}"))) == FUNCTIONS[split].size
 
 
 def test_held_out_prompts_are_in_no_other_split():
@@ -73,4 +70,3 @@ def test_a_split_that_there_is_not():
     with pytest.raises(DataError, match="no such task or split") as caught:
         read_task("task:functions/rankings")
     assert "task:functions/prompts" in str(caught.value) and "task:sorting/rankings" in str(caught.value)
-    assert list(records("test", random.Random(0), 0)) == []

@@ -98,3 +98,33 @@ def test_too_long_rankings(tokenizer):
     made, report = ranked(tokenizer, late, max_seq_len=4, too_long=TooLong.truncate)
     assert made == [] and report.dropped_too_long == 1  # nothing tells them apart
     assert "12 tokens" in failure(tokenizer, late, max_seq_len=11, too_long=TooLong.error)
+
+
+def test_a_pair_can_say_by_how_much(tokenizer):
+    made, _ = ranked(
+        tokenizer,
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": 2},
+        {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": None},
+    )
+    assert [e.ratings for e in made] == [(2.0, 0.0), None]
+    for margin in (-1, "2", float("inf"), True):
+        fields = {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": margin}
+        assert "column 'margin' must be a number" in failure(tokenizer, fields)
+
+
+def test_ratings_rank_with_ties(tokenizer):
+    """Free scores of one channel: equal ones are tied, the order has no gaps."""
+    (example,), _ = ranked(tokenizer, {"prompt": "Q", "completions": ["A", "B", "C", "D"], "ratings": [3, 4.5, 3, -1]})
+    assert example.ranks == (2, 1, 2, 3) and example.ratings == (3.0, 4.5, 3.0, -1.0)
+    _, report = ranked(tokenizer, {"prompt": "Q", "completions": ["A", "B"], "ratings": [7, 7]})
+    assert report.tied == 1
+
+
+def test_ranks_and_ratings_together_must_agree(tokenizer):
+    fields = {"prompt": "Q", "completions": ["A", "B", "C"], "ranks": [1, 2, 2], "ratings": [5, 5, 1]}
+    (example,), _ = ranked(tokenizer, fields)
+    assert example.ranks == (1, 2, 2) and example.ratings == (5.0, 5.0, 1.0)
+    what = failure(tokenizer, fields | {"ratings": [5, 6, 1]})
+    assert "completion 0 has rank 1 and rating 5" in what and "completion 1 2 and 6" in what
+    for ratings in ([1, 2], [1, 2, None], [1, 2, float("nan")], [1, 2, True]):
+        assert "3 finite numbers" in failure(tokenizer, fields | {"ratings": ratings})

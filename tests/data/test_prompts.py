@@ -29,6 +29,10 @@ def test_a_dialogue_reads_as_one_and_loses_its_last_answer(tokenizer):
     (prompt,), _ = made(tokenizer, {"conversations": talk}, system_prompt="S")
     assert prompt.text == "system: S\n\nuser: Q\n\nassistant: A\n\nuser: R"
     assert tokenizer.decode(prompt.token_ids).endswith("<|user|>R<|eos|><|assistant|>")
+    assert [(m["role"], m["content"]) for m in prompt.messages] == [
+        *(("system", "S"), ("user", "Q")),
+        *(("assistant", "A"), ("user", "R")),
+    ]
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error_unless_dropped(tokenizer):

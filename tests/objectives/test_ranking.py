@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmscale.batch import Batch, RankedExample
 from llmscale.engine.accounting import StepTotals
+from llmscale.errors import DataError
 from llmscale.models.forward import ModelForward
 from llmscale.objectives.config import RankingConfig, RankingKind
 from llmscale.objectives.ranking import Ranking, ranking_loss, untied_pairs
@@ -101,6 +102,37 @@ def test_large_scores_do_not_overflow(kind: str):
     loss = ranking_loss(scores, torch.tensor([1, 2]), kind)
     loss.backward()
     assert loss.item() == pytest.approx(2e4) and scores.grad.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", RANKINGS)
+def test_the_gradient_is_that_of_the_paper(kind: str, ranks: list[int]):
+    """Against central differences of the loop."""
+    scores = scores_of(ranks).requires_grad_()
+    ranking_loss(scores, torch.tensor(ranks), kind).backward()
+    values, step = scores.tolist(), 1e-5
+    for i in range(len(ranks)):
+        up, down = ([x + (j == i) * sign * step for j, x in enumerate(values)] for sign in (1, -1))
+        slope = (LOOPS[kind](up, ranks) - LOOPS[kind](down, ranks)) / (2 * step)
+        assert scores.grad[i].item() == pytest.approx(slope, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
+@pytest.mark.parametrize("ranks", [[1, 2], [1, 1, 2], [1, 2, 2, 3]])
+def test_huge_differences_are_finite_whichever_way_they_point(kind: str, size: float, ranks: list[int]):
+    for direction in (1, -1):
+        scores = (direction * size * torch.arange(len(ranks), dtype=torch.float32)).requires_grad_()
+        loss = ranking_loss(scores, torch.tensor(ranks), kind)
+        loss.backward()
+        assert loss.isfinite() and loss >= 0 and scores.grad.isfinite().all()
+        if direction == -1 and len(set(ranks)) == len(ranks):
+            assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="pairs or plackett_luce"):
+        ranking_loss(torch.zeros(2), torch.tensor([1, 2]), "pair")
 
 
 def test_untied_pairs():
@@ -203,3 +235,56 @@ def test_nan_behind_a_rows_last_token_changes_nothing(kind: str):
         results.append((sums.terms["rankings"].item(), output.grad))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
     assert not results[0][1][~last].any()
+
+
+# ---------------------------------------------------------------- margins
+
+
+def with_ratings(all_ranks: Sequence[Sequence[int]]) -> list[RankedExample]:
+    """A rating for each completion, one whole or half grade apart."""
+    return [RankedExample(e.sequences, e.ranks, tuple(-r + 0.5 * (r > 2) for r in e.ranks)) for e in ranked(all_ranks)]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_margins_are_those_of_llama_2(margin: float):
+    """Touvron et al. 2023, eq. 2, over every pair of a prompt: -log sigmoid(r_w - r_l - m)."""
+    examples = with_ratings(RANKINGS)
+    batch = Ranking(RankingConfig(margin=margin)).prepare(examples)
+    torch.manual_seed(0)
+    output = torch.randn(batch["input_ids"].shape, dtype=torch.float64, requires_grad=True)
+    sums = Ranking(RankingConfig(margin=margin)).loss(lambda _: output, batch)
+    scores, expected = output.detach().flatten()[batch["ends"]].tolist(), []
+    start = 0
+    for example in examples:
+        losses = []
+        for w, winner in enumerate(example.ranks):
+            for x, loser in enumerate(example.ranks):
+                if winner < loser:
+                    m = margin * (example.ratings[w] - example.ratings[x])
+                    losses.append(math.log(1 + math.exp(-(scores[start + w] - scores[start + x] - m))))
+        expected.append(sum(losses) / len(losses))
+        start += len(example.ranks)
+    assert sums.terms["rankings"].item() == pytest.approx(sum(expected), abs=1e-9)
+    plain = Ranking(RankingConfig()).loss(lambda _: output, batch)
+    assert (sums.terms["rankings"].item() > plain.terms["rankings"].item() + 0.1) == (margin > 0)
+    assert sums.metrics["accuracy"][0] == plain.metrics["accuracy"][0]  # of the scores themselves
+    assert sums.metrics["margin"][0] == plain.metrics["margin"][0]
+
+
+def test_a_margin_needs_ratings():
+    objective = Ranking(RankingConfig(margin=1.0))
+    with pytest.raises(DataError, match="without ratings") as caught:
+        objective.prepare([*with_ratings([[1, 2]]), *ranked([[1, 2]])])
+    assert "objective.margin=0" in str(caught.value)
+    objective.prepare(ranked(TIED))  # which has no pair
+
+
+def test_evidence_is_the_difference_of_each_pair():
+    objective = Ranking(RankingConfig())
+    batch = objective.prepare(ranked([[2, 1, 2], [1, 2]]))
+    output = torch.arange(batch["input_ids"].numel()).double().reshape(batch["input_ids"].shape)
+    scores = objective.scores(output, batch)
+    assert len(scores) == 5
+    assert sorted(objective.evidence(output, batch).tolist()) == sorted(
+        [(scores[1] - scores[0]).item(), (scores[1] - scores[2]).item(), (scores[3] - scores[4]).item()]
+    )

@@ -12,7 +12,7 @@ from llmscale.batch import Trajectory
 from llmscale.config import build
 from llmscale.models.export import save_hf
 from llmscale.protocols import RewardFunction
-from llmscale.rewards.config import AnswerConfig, FunctionConfig, LearnedConfig, Match
+from llmscale.rewards.config import AnswerConfig, Combine, FunctionConfig, LearnedConfig, Match, ProcessRewardConfig
 from tests.tiny import scalar_model, tokenizer, trajectory
 
 
@@ -31,7 +31,28 @@ def learned(folder: Path) -> RewardFunction:
     return build(LearnedConfig(path=str(folder)), tokenizer())
 
 
-REWARDS: dict[str, Callable[[Path], RewardFunction]] = {"answer": answer, "function": function, "learned": learned}
+def ensemble(folder: Path) -> RewardFunction:
+    for seed in (0, 1):
+        model = scalar_model(seed)
+        save_hf(model, tokenizer(), folder / str(seed), [dict(model.named_parameters())])
+    members = {"path": f"{folder}/0", "ensemble": [f"{folder}/1"]}
+    return build(LearnedConfig(**members, combine=Combine.lower_bound), tokenizer())
+
+
+def process(folder: Path) -> RewardFunction:
+    model = scalar_model()
+    model.hf.config.judges = "steps"
+    save_hf(model, tokenizer(), folder, [dict(model.named_parameters())])
+    return build(ProcessRewardConfig(path=str(folder)), tokenizer())
+
+
+REWARDS: dict[str, Callable[[Path], RewardFunction]] = {
+    "answer": answer,
+    "function": function,
+    "learned": learned,
+    "ensemble": ensemble,
+    "process": process,
+}
 
 
 @pytest.fixture(params=REWARDS)

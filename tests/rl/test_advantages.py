@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torch import Tensor
 
-from llmscale.rl.advantages import gae, whiten
+from llmscale.rl.advantages import by_group, gae, group_relative, leave_one_out, whiten
 
 NAN = float("nan")
 MASKS = {
@@ -93,3 +95,45 @@ def test_whitened_tokens_have_mean_zero_and_deviation_one(numbers):
 
 def test_equal_values_whiten_to_zero():
     assert whiten(torch.full((2, 3), 5.0), torch.ones(2, 3)).abs().max() < 1e-3
+
+
+# ---------------------------------------------------------------- within a group
+
+
+@pytest.mark.parametrize("normalize_std", [False, True])
+def test_group_relative_equals_a_loop(normalize_std: bool):
+    torch.manual_seed(0)
+    rewards = torch.randn(12).double()
+    found = group_relative(rewards, 4, normalize_std)
+    for start in range(0, 12, 4):
+        group = rewards[start : start + 4].tolist()
+        deviation = statistics.stdev(group) if normalize_std else 1.0
+        expected = [(r - statistics.mean(group)) / deviation for r in group]
+        assert found[start : start + 4].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_leave_one_out_equals_a_loop():
+    torch.manual_seed(0)
+    rewards = torch.randn(12).double()
+    found = leave_one_out(rewards, 4).tolist()
+    for i, reward in enumerate(rewards.tolist()):
+        others = [rewards[j].item() for j in range(12) if j // 4 == i // 4 and j != i]
+        assert found[i] == pytest.approx(reward - statistics.mean(others), abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.1, -3.7, 1e6, 0.0])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_equal_rewards_give_exactly_zero(value: float, size: int):
+    """In float32 the mean of equal numbers is often another number."""
+    rewards = torch.full((2 * size,), value)
+    for found in (
+        group_relative(rewards, size, True),
+        group_relative(rewards, size, False),
+        leave_one_out(rewards, size),
+    ):
+        assert found.tolist() == [0.0] * (2 * size)
+
+
+def test_groups_of_several_sizes():
+    rewards = torch.tensor([5.0, 1.0, 3.0, 0.0, 0.0, 3.0])
+    assert by_group(rewards, [1, 2, 3], leave_one_out).tolist() == [0.0, -2.0, 2.0, -1.5, -1.5, 3.0]

@@ -10,7 +10,7 @@ import torch
 
 from llmscale.batch import Trajectory
 from llmscale.errors import NumericsError
-from llmscale.rl.config import PPOConfig
+from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.experience import (
     Scored,
     build_experience,
@@ -19,11 +19,11 @@ from llmscale.rl.experience import (
     explained_variance,
     minibatches,
 )
-from llmscale.rl.ppo import PPO
+from llmscale.rl.policy_gradient import PolicyGradient
 from tests.tiny import trajectory
 
 # Lambda and gamma 1, no whitening: a token's return is the sum of the rewards that follow it.
-PLAIN = PPO(PPOConfig(lam=1.0, gamma=1.0, whiten_advantages=False))
+PLAIN = PolicyGradient(PolicyGradientConfig(lam=1.0, gamma=1.0, whiten_advantages=False), 8)
 KL_COEF = 0.1
 
 
@@ -75,7 +75,7 @@ def test_what_stands_on_other_tokens_changes_nothing(trajectories):
     clean = [arrays(trajectories, seed) for seed in (1, 2, 3)]
     masks = [t.loss_mask for t in trajectories]
     dirty = [[np.where(m, row, np.nan) for m, row in zip(masks, part, strict=True)] for part in clean]
-    algorithm = PPO(PPOConfig())
+    algorithm = PolicyGradient(PolicyGradientConfig(), 8)
     first, metrics = experience_of(algorithm, trajectories, [1, 2, 3], *clean, KL_COEF)
     second, same = experience_of(algorithm, trajectories, [1, 2, 3], *dirty, KL_COEF)
     assert metrics == same
@@ -86,7 +86,7 @@ def test_what_stands_on_other_tokens_changes_nothing(trajectories):
 
 def test_advantages_are_whitened_over_the_whole_step(trajectories):
     inputs = [arrays(trajectories, seed) for seed in (1, 2, 3)]
-    experience, _ = experience_of(PPO(PPOConfig()), trajectories, [1, 2, 3], *inputs, KL_COEF)
+    experience, _ = experience_of(PolicyGradient(PolicyGradientConfig(), 8), trajectories, [1, 2, 3], *inputs, KL_COEF)
     own = np.concatenate([e.advantages[e.loss_mask] for e in experience])
     assert own.mean() == pytest.approx(0, abs=1e-6) and own.std() == pytest.approx(1, abs=1e-5)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals
 from llmscale.functional import token_entropy, token_logprobs
 from llmscale.models.forward import ModelForward
-from llmscale.rl.config import PPOConfig
+from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.experience import Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
-from llmscale.rl.ppo import PPO
+from llmscale.rl.policy_gradient import PolicyGradient
+from tests.rl.settings import ALGORITHMS, algorithm
 from tests.tiny import VOCAB_SIZE, language_model, scalar_model
 
 TEMPERATURE = 0.7
@@ -28,14 +31,16 @@ def experiences(lengths: Sequence[int], seed: int = 0) -> list[Experience]:
     made = []
     for n in lengths:
         mask = np.arange(n) >= n // 3
-        numbers = [np.where(mask, rng.normal(size=n), 0).astype(np.float32) for _ in range(4)]
-        numbers[0] = np.where(mask, numbers[0] * 0.3 - 4, 0).astype(np.float32)  # likely log-probabilities
-        made.append(Experience(rng.integers(0, VOCAB_SIZE, n), mask, *numbers))
+        numbers = [np.where(mask, rng.normal(size=n), 0).astype(np.float32) for _ in range(5)]
+        for i in (0, 1):  # likely log-probabilities, of old policy and reference
+            numbers[i] = np.where(mask, numbers[i] * 0.3 - 4, 0).astype(np.float32)
+        importance = rng.uniform(0.5, 1.5, n).astype(np.float32)
+        made.append(Experience(rng.integers(0, VOCAB_SIZE, n), mask, *numbers, importance, kl_coef=0.3))
     return made
 
 
 def policy_objective(entropy_coef: float = 0.0, **config: float) -> PolicyObjective:
-    return PolicyObjective(PPO(PPOConfig(**config)), TEMPERATURE, entropy_coef)
+    return PolicyObjective(PolicyGradient(PolicyGradientConfig(**config), 8), TEMPERATURE, entropy_coef)
 
 
 def forward_of(model: nn.Module):
@@ -61,6 +66,7 @@ def with_own_logprobs(model: nn.Module, examples: Sequence[Experience]) -> Batch
 
 def test_at_the_old_policy_the_gradient_is_the_plain_policy_gradient():
     model, examples = language_model(), experiences([9, 6, 12])
+    examples = [replace(e, importance=np.ones_like(e.importance)) for e in examples]
     batch = with_own_logprobs(model, examples)
     metrics, gradient = step(model, policy_objective(), [batch])
     assert metrics["approx_kl"] == 0 and metrics["clipfrac"] == 0
@@ -102,9 +108,20 @@ def test_the_entropy_bonus_is_part_of_loss_and_gradient():
     assert (gradient - without - own).norm() < 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize("objective", [policy_objective(0.5), ValueObjective(PPO(PPOConfig()))])
-def test_sequences_that_share_rows_change_nothing(objective: Objective):
-    model = language_model() if isinstance(objective, PolicyObjective) else scalar_model()
+def wide(name: str) -> PolicyObjective:
+    """A shipped algorithm with room between its clips, so that all tokens have a gradient."""
+    method = algorithm(name, "algorithm.clip_low=0.9", "algorithm.clip_high=9")
+    return PolicyObjective(method, TEMPERATURE, 0.01)
+
+
+KINDS = {name: (language_model, partial(wide, name)) for name in ALGORITHMS} | {
+    "value": (scalar_model, lambda: ValueObjective(PolicyGradient(PolicyGradientConfig(), 8))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_that_share_rows_change_nothing(kind: str):
+    model, objective = (make() for make in KINDS[kind])
     examples = experiences([9, 6, 12, 4])
     padded, gradient = step(model, objective, [objective.prepare(examples)])
     packed, same = step(model, objective, [objective.prepare(examples, 16)])
@@ -118,7 +135,7 @@ def test_values_stand_before_their_token():
 
 def test_the_critics_loss_equals_a_loop():
     model, examples = scalar_model(), experiences([9, 6, 12])
-    objective = ValueObjective(PPO(PPOConfig(value_clip=0.3)))
+    objective = ValueObjective(PolicyGradient(PolicyGradientConfig(value_clip=0.3), 8))
     metrics, _ = step(model, objective, [objective.prepare(examples)])
     losses = []
     for e in examples:
@@ -129,12 +146,6 @@ def test_the_critics_loss_equals_a_loop():
             clipped = old + min(max(v - old, -0.3), 0.3)
             losses.append(max((v - target) ** 2, (clipped - target) ** 2) / 2)
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-
-
-KINDS = {
-    "policy": (language_model, lambda: policy_objective(0.01)),
-    "value": (scalar_model, lambda: ValueObjective(PPO(PPOConfig()))),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,11 +166,21 @@ def test_the_split_into_micro_batches_changes_nothing(kind: str, sizes: list[int
 def test_more_padding_changes_nothing(kind: str):
     model, objective = (make() for make in KINDS[kind])
     batch = objective.prepare(experiences([9, 4]))
-    wide = {n: nn.functional.pad(v, (0, 6)) if v.ndim == 2 else v for n, v in batch.tensors.items()}
-    wide["position_ids"] = torch.arange(15).repeat(2, 1)
+    padded = {n: nn.functional.pad(v, (0, 6)) if v.ndim == 2 else v for n, v in batch.tensors.items()}
+    padded["position_ids"] = torch.arange(15).repeat(2, 1)
     metrics, gradient = step(model, objective, [batch])
-    padded, same = step(model, objective, [Batch(wide, batch.counts)])
-    assert padded == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    same_metrics, same = step(model, objective, [Batch(padded, batch.counts)])
+    assert same_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_samples_changes_nothing(kind: str):
+    model, objective = (make() for make in KINDS[kind])
+    examples = experiences([9, 4, 12])
+    metrics, gradient = step(model, objective, [objective.prepare(examples)])
+    permuted, same = step(model, objective, [objective.prepare(examples[::-1])])
+    assert permuted == pytest.approx(metrics, rel=1e-5, abs=1e-6)
     assert (gradient - same).norm() < 1e-5 * gradient.norm()
 
 

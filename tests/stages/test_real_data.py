@@ -18,8 +18,15 @@ def test_the_pipeline_runs_on_real_data(shared_data: Path, tmp_path: Path) -> No
         "sft": shared_data / "instruct" / "alpaca_en_demo.json",
         "reward": shared_data / "preference" / "dpo_en_demo.json",
         "rlhf": shared_data / "math" / "gsm8k_train.jsonl",
+        "collect": shared_data / "math" / "gsm8k_train.jsonl",
     }
-    argv = ["pipeline", "experiment=real", f"run.dir={tmp_path}", "tracking.wandb=disabled"]
+    argv = [
+        "pipeline",
+        "experiment=real",
+        f"stages=[{','.join(sources)}]",
+        f"run.dir={tmp_path}",
+        "tracking.wandb=disabled",
+    ]
     argv += [f"{stage}.data.train={source}" for stage, source in sources.items()]
     printed = succeed([*argv, "rlhf.training.num_steps=4", "reward.training.num_steps=16"], tmp_path / "log")
 
@@ -33,3 +40,5 @@ def test_the_pipeline_runs_on_real_data(shared_data: Path, tmp_path: Path) -> No
     assert "held-out pairwise accuracy" in printed
     answers = [s["completion"] for s in records(tmp_path / "real" / "rlhf" / "samples.jsonl")]
     assert len(answers) == 4 * 8
+    rankings = records(tmp_path / "real" / "collect" / "rankings.jsonl")
+    assert len(rankings) > 16 and all(len(set(r["completions"])) == len(r["ranks"]) for r in rankings)
