@@ -4,7 +4,7 @@
 people, the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those
 who rank completions compare them with the right answer, so the rankings know better; that difference is what RLHF is
 for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
-`task:adding/SPLIT`: see `llmscale/data/adding.py`.
+`task:adding/SPLIT`: see `llmscale/data/adding.py`; `task:functions/SPLIT`: `llmscale/data/functions_task.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
 
-from llmscale.data import adding
+from llmscale.data import adding, functions_task
 from llmscale.errors import DataError
 
 TASK = "task:"
@@ -170,4 +170,15 @@ ADDING = {
     "test-sft": Split(256, adding.demonstration),
     "test-solutions": Split(256, adding.solution),
 }
-TASKS = {"sorting": (SPLITS, _word), "adding": (ADDING, adding.sum_of)}
+FUNCTIONS = {
+    "pretrain": Split(20_000, functions_task.text),
+    "sft": Split(4_000, functions_task.demonstration),
+    "prompts": Split(4_000, functions_task.prompt),
+    "test": Split(256, functions_task.prompt),
+    "test-sft": Split(256, functions_task.demonstration),
+}
+TASKS = {
+    "sorting": (SPLITS, _word),
+    "adding": (ADDING, adding.sum_of),
+    "functions": (FUNCTIONS, functions_task.program),
+}

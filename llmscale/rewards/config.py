@@ -356,3 +356,26 @@ RESERVED = ("mean", "std", "true", "excluded", "excluded_with_group", "true_excl
 def _tag_problems(path: str, tag: str) -> Iterator[Problem]:
     if not re.fullmatch(r"[A-Za-z_][\w.-]*", tag):
         yield path, f"{tag!r} is no name of an element", "Without brackets, such as answer."
+
+
+@option("reward", "code", builds="llmscale.rewards.code:CodeReward")
+@dataclass
+class CodeConfig(RewardConfig):
+    """The completion is Python: 1 where it passes the tests of its prompt's record, else 0. It runs in a sandbox."""
+
+    name: str = "code"
+    column: str = "tests"  # of the record: Python with assertions, or a list of such, each one a test
+    partial: bool = False  # the reward is the fraction of the tests that pass
+    timeout_s: float = 5.0  # of a program and its tests together
+    memory_bytes: int = 256 * 2**20  # address space of a process; 64 MiB or more
+    max_processes: int = 4  # and threads that a program may start
+    output_bytes: int = 2**16  # that it may print
+    files_bytes: int = 2**24  # that it may write in its directory; 64 KiB or more
+    num_workers: int | None = None  # programs that run side by side; null: as many as there are processors
+
+    def needs_columns(self) -> list[str]:
+        return [self.column]
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, timeout_s=0.1, memory_bytes=64 * 2**20, max_processes=0)
+        yield from at_least(self, output_bytes=1, files_bytes=2**16, num_workers=1)

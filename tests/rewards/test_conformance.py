@@ -92,7 +92,7 @@ SETTINGS: dict[str, Callable[[Path], RewardConfig]] = {
     "safety": safety,
     "sum": several,
 }
-COLUMNS = {"formula": "p & q"}  # of the records, where "7" will not do
+COLUMNS = {"formula": "p & q", "tests": "assert seven() == 7"}  # of the records, where "7" will not do
 TEXTS = [
     *(
         "7",
@@ -104,6 +104,7 @@ TEXTS = [
         "q and p",
         "1. One.\n3. Three.",
         "1. One.\n2. Two.",
+        "def seven():\n    return 7",
     ),
     *("<think>7 is 7</think><answer>7</answer>", "<think>7</think>"),
 ]
