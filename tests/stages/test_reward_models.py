@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,15 @@ def test_the_judge_of_steps_and_that_of_completions_are_told_apart(steps: Path, 
     argv = arguments("rlhf", tmp_path, f"model.path={chain}/demo/sft", f"reward.path={steps}/steps/reward")
     assert run(argv, tmp_path / "log") == 2
     assert "this reward model judges steps, not completions" in (tmp_path / "log").read_text()
+
+
+def test_a_checkpoint_of_a_judge_of_steps_is_exported_as_one(steps: Path, tmp_path: Path) -> None:
+    """Of a run that is not finished: without its hf/."""
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(steps / "steps" / "reward", unfinished, ignore=lambda _, names: {"hf"} & set(names))
+    printed = succeed(["checkpoint", "export", str(unfinished), str(tmp_path / "out")], tmp_path / "log")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["judges"] == "steps"
+    assert "not standardised" not in printed  # steps never are
 
 
 # ---------------------------------------------------------------- ensembles
