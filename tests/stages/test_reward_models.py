@@ -5,12 +5,35 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.stages.runs import SAVE_OFTEN, TINY, arguments, records, run, succeed
 
+MINE = """
+from dataclasses import dataclass
+
+from llmscale.config import option
+from llmscale.objectives.config import ObjectiveConfig
+
+
+@option("objective", "mine", builds="mine:Mine")
+@dataclass
+class MineConfig(ObjectiveConfig):
+    name: str = "mine"
+    reads = "rankings"
+
+
+class Mine:
+    def __init__(self, config):
+        pass
+
+    def scores(self, output, batch):
+        return output
+"""
 HELD_OUT = "data.validation='task:sorting/test-rankings?size=24'"
 
 
@@ -60,6 +83,17 @@ def test_margins_without_ratings_are_refused_before_training(chain: Path, tmp_pa
     printed = (tmp_path / "log").read_text()
     assert "there is a ranking without ratings" in printed and "objective.margin=0" in printed
     assert "Traceback" not in printed and not (tmp_path / "demo" / "reward" / "metrics.jsonl").exists()
+
+
+def test_an_objective_of_ones_own_must_say_what_its_output_means(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "conf" / "objective").mkdir(parents=True)
+    (tmp_path / "conf" / "objective" / "mine.yaml").write_text("defaults: [mine_schema]\n")
+    argv = [*reward(chain, tmp_path, "objective=mine"), "--plugin", "mine", "--config-dir", f"{tmp_path}/conf"]
+    code = f"import os, sys; os.chdir({str(tmp_path)!r}); from llmscale.cli import main; main({argv!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: objective: Mine has no evidence" in done.stderr
+    assert not (tmp_path / "demo" / "reward" / "metrics.jsonl").exists()
 
 
 def test_margins_of_a_whole_order_are_refused(chain: Path, tmp_path: Path) -> None:
