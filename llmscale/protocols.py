@@ -53,6 +53,18 @@ class Objective(Protocol):
     def loss(self, forward: Forward, batch: Batch) -> LossSums: ...
 
 
+class RewardObjective(Objective, Protocol):
+    """What the reward stage learns by: it can also say what the model's output means."""
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """[B, T] -> [N]: the score of each thing that is judged, a completion or a step."""
+        ...
+
+    def evidence(self, output: Tensor, batch: Batch) -> Tensor:
+        """[B, T] -> [M]: the log-odds that the model gives to each thing that people said, of a pair or of a step."""
+        ...
+
+
 @dataclass(frozen=True)
 class WeightBucket:
     """Some named weights as raw arrays (bf16 as its uint16 bits), and the digest of their bytes."""

@@ -33,13 +33,13 @@ def ranking_loss(scores: Tensor, ranks: Tensor, kind: str) -> Tensor:
 
     scores: [K] rewards; ranks: [K], 1 = best, equal numbers = tied; kind: "pairs" or "plackett_luce".
     """
-    if kind == "pairs":
-        winner, loser = untied_pairs(ranks.tolist())
-        if not winner:
-            return masked_sum(scores, torch.zeros_like(scores))
-        return torch.nn.functional.softplus(scores[loser] - scores[winner]).mean()
-    if kind != "plackett_luce":
+    if kind not in ("pairs", "plackett_luce"):
         raise ValueError(f"unknown ranking loss {kind!r}: pairs or plackett_luce")
+    winner, loser = untied_pairs(ranks.tolist())
+    if not winner:
+        return masked_sum(scores, torch.zeros_like(scores))
+    if kind == "pairs":
+        return torch.nn.functional.softplus(scores[loser] - scores[winner]).mean()
     not_better = ranks.unsqueeze(0) >= ranks.unsqueeze(1)  # [K, K]: j is ranked as i or lower
     tied_last = ranks == ranks.max()
     totals = torch.where(not_better, scores.unsqueeze(0), float("-inf")).logsumexp(-1)

@@ -12,6 +12,7 @@ from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.data.examples import Examples
+from llmscale.errors import ConfigError
 from llmscale.objectives.calibration import calibration
 from llmscale.objectives.config import JUDGES, RankingConfig
 from llmscale.protocols import Forward
@@ -23,9 +24,16 @@ REPORT = "calibration.md"
 SOME = 256  # training examples that say the scale where there are none for validation
 
 
-def check_ratings(run: SupervisedRun) -> None:
-    """Raises: DataError before anything is trained, when margins are asked for and a ranking has no ratings."""
+def check_objective(run: SupervisedRun) -> None:
+    """Before anything is trained.
+
+    Raises: ConfigError for an objective that cannot be appraised, DataError when margins are asked for and a ranking has no
+    ratings.
+    """
     config = run.config.objective
+    if lacking := [name for name in ("scores", "evidence") if not hasattr(run.objective, name)]:
+        what = f"{type(run.objective).__name__} has no {' and no '.join(lacking)}, which the reward stage ends with"
+        raise ConfigError(what, where="objective", fix="See RewardObjective in llmscale/protocols.py.")
     if isinstance(config, RankingConfig) and config.margin > 0:
         for examples in (run.split.train, run.split.validation):
             for example in examples:

@@ -225,7 +225,8 @@ def _write_model(run_dir: Path, checkpoint: Checkpoint, out: Path) -> None:
     model = _without_weights(config, str(run_dir / "hf") if has_model else config.model.path, tokenizer)
     if config.stage == "reward" and not has_model:
         model.hf.config.judges = JUDGES[config.objective.reads]
-        print("note: the scores are not standardised; a run that finishes measures their scale", file=sys.stderr)
+        if model.hf.config.judges == "completions":
+            print("note: the scores are not standardised; a run that finishes measures their scale", file=sys.stderr)
     source = checkpoint.path / "policy" if config.stage == "rlhf" else checkpoint.path
     buckets = saved_buckets(source, model, SHARD_BYTES)
     try:

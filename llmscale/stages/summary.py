@@ -57,11 +57,12 @@ def next_commands(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     run_dir, example = results["rlhf"]["run_dir"], results["rlhf"]["example"].splitlines()[0]
     sft, reward = results["sft"]["run_dir"], results["reward"]["run_dir"]
+    experiment = "steps" if results["reward"].get("objective") == "process" else "demo"
     return [
         "Try next:",
         f'llmscale generate model.path={run_dir} prompt="{example}"',
         f"llmscale chat model.path={run_dir}",
-        f"llmscale rlhf experiment=demo run.name=strict algorithm.kl_coef=0.2 model.path={sft} reward.path={reward}",
+        f"llmscale rlhf experiment={experiment} run.name=strict algorithm.kl_coef=0.2 model.path={sft} reward.path={reward}",
     ]
 
 

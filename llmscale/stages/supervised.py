@@ -42,7 +42,7 @@ from llmscale.models.loading import (
 )
 from llmscale.phases import phase
 from llmscale.protocols import Tracker
-from llmscale.stages.appraisal import appraise, check_ratings
+from llmscale.stages.appraisal import appraise, check_objective
 from llmscale.stages.config import SupervisedConfig, check_context
 from llmscale.tracking.composite import NullTracker, open_trackers
 from llmscale.tracking.jsonl import last_metrics
@@ -81,7 +81,7 @@ class SupervisedRun:
         )
         self.objective = build(config.objective)
         if config.stage == "reward":
-            check_ratings(self)
+            check_objective(self)
         self.say(f"loading {config.model.path}" if config.model.path else "building a new model")
         model = new_model(config, self.tokenizer)
         if config.stage == "pretrain":

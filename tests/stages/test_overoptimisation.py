@@ -38,10 +38,10 @@ def ranking(rng: random.Random, rating) -> dict:
 
 @pytest.fixture(scope="module")
 def written(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that writes words in which an a is as frequent as the other letters, and what the runs read."""
+    """A model that writes words with few a's, and what the runs read."""
     folder, rng = tmp_path_factory.mktemp("words"), random.Random(0)
     files = {
-        "words": [{"prompt": "write", "completion": word(rng, 0.25)} for _ in range(1000)],
+        "words": [{"prompt": "write", "completion": word(rng, 0.1)} for _ in range(1000)],
         "biased": [ranking(rng, biased_rating) for _ in range(1000)],
         "unbiased": [ranking(rng, true_rating) for _ in range(1000)],
         "prompts": [{"prompt": "write"} for _ in range(64)],
@@ -67,7 +67,7 @@ def trained(folder: Path, raters: str) -> tuple[str, dict, Path]:
         "algorithm.global_batch_size=32",
         "rollout.unit_size=32",
     ]
-    own += ["optim.lr=5e-3", "critic.optim.lr=5e-3", "algorithm.kl_coef=0.01", "training.save_every_steps=40"]
+    own += ["optim.lr=2e-3", "critic.optim.lr=5e-3", "algorithm.kl_coef=0.01", "training.save_every_steps=40"]
     rewards = [
         f"reward.path={folder}/{raters}/reward",
         "true_reward=function",
@@ -83,18 +83,17 @@ def trained(folder: Path, raters: str) -> tuple[str, dict, Path]:
 @pytest.mark.slow
 def test_a_biased_reward_model_is_found_out(written: Path) -> None:
     printed, event, run_dir = trained(written, "biased")
-    print((run_dir / "overoptimisation.md").read_text())
-    first, last = event["parts"][0], event["parts"][-1]
-    assert last["learned"] > first["learned"] and last["true"] < first["true"]
-    assert event["found"] and event["rise"] > 0 and event["fall"] > 0
+    first, best, last = event["parts"][0], event["best"], event["parts"][-1]
+    assert best["true"] > first["true"] + 0.1 and best["learned"] > first["learned"]  # for a while they go together
+    assert last["true"] < first["true"] and last["learned"] > best["learned"] and last["sqrt_kl"] > best["sqrt_kl"]
+    assert event["found"] and event["fall"] > 0.5 and event["rise"] > 0.5
     assert "over-optimised after step" in " ".join(printed.split())
     assert (run_dir / "overoptimisation.md").read_text().startswith("Over-optimised after step")
 
 
 @pytest.mark.slow
 def test_an_unbiased_one_is_not_accused(written: Path) -> None:
-    printed, event, run_dir = trained(written, "unbiased")
-    print((run_dir / "overoptimisation.md").read_text())
+    printed, event, _ = trained(written, "unbiased")
     first, last = event["parts"][0], event["parts"][-1]
     assert last["learned"] > first["learned"] and last["true"] > first["true"] + 0.1  # it was trained, and rightly
     assert not event["found"] and "no over-optimisation seen" in " ".join(printed.split())

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.stages.runs import SAVE_OFTEN, TINY, arguments, records, run, succeed
 
+MINE = """
+from dataclasses import dataclass
+
+from llmscale.config import option
+from llmscale.objectives.config import ObjectiveConfig
+
+
+@option("objective", "mine", builds="mine:Mine")
+@dataclass
+class MineConfig(ObjectiveConfig):
+    name: str = "mine"
+    reads = "rankings"
+
+
+class Mine:
+    def __init__(self, config):
+        pass
+
+    def scores(self, output, batch):
+        return output
+"""
 HELD_OUT = "data.validation='task:sorting/test-rankings?size=24'"
 
 
@@ -59,6 +83,17 @@ def test_margins_without_ratings_are_refused_before_training(chain: Path, tmp_pa
     printed = (tmp_path / "log").read_text()
     assert "there is a ranking without ratings" in printed and "objective.margin=0" in printed
     assert "Traceback" not in printed and not (tmp_path / "demo" / "reward" / "metrics.jsonl").exists()
+
+
+def test_an_objective_of_ones_own_must_say_what_its_output_means(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "conf" / "objective").mkdir(parents=True)
+    (tmp_path / "conf" / "objective" / "mine.yaml").write_text("defaults: [mine_schema]\n")
+    argv = [*reward(chain, tmp_path, "objective=mine"), "--plugin", "mine", "--config-dir", f"{tmp_path}/conf"]
+    code = f"import os, sys; os.chdir({str(tmp_path)!r}); from llmscale.cli import main; main({argv!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: objective: Mine has no evidence" in done.stderr
+    assert not (tmp_path / "demo" / "reward" / "metrics.jsonl").exists()
 
 
 def test_margins_of_a_whole_order_are_refused(chain: Path, tmp_path: Path) -> None:
@@ -128,6 +163,15 @@ def test_the_judge_of_steps_and_that_of_completions_are_told_apart(steps: Path, 
     argv = arguments("rlhf", tmp_path, f"model.path={chain}/demo/sft", f"reward.path={steps}/steps/reward")
     assert run(argv, tmp_path / "log") == 2
     assert "this reward model judges steps, not completions" in (tmp_path / "log").read_text()
+
+
+def test_a_checkpoint_of_a_judge_of_steps_is_exported_as_one(steps: Path, tmp_path: Path) -> None:
+    """Of a run that is not finished: without its hf/."""
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(steps / "steps" / "reward", unfinished, ignore=lambda _, names: {"hf"} & set(names))
+    printed = succeed(["checkpoint", "export", str(unfinished), str(tmp_path / "out")], tmp_path / "log")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["judges"] == "steps"
+    assert "not standardised" not in printed  # steps never are
 
 
 # ---------------------------------------------------------------- ensembles
