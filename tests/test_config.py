@@ -98,7 +98,7 @@ def test_every_experiment_composes_and_survives_freezing(experiment: str, stage:
 def test_every_choice_composes(stage: str, override: str):
     of_reward = override.partition("=")[2] if override.startswith("reward=") else "learned"
     needed = [n for n in NEEDED[stage] if not n.startswith("reward.path")]
-    more = REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else []
+    more = [*(REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else [])]
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
     assert compose(stage, [*needed, override, *more]).stage == stage
 

@@ -50,7 +50,7 @@ def scored(request: pytest.FixtureRequest) -> Iterator[tuple[bool, CodeReward]]:
 def test_reward_and_reasons(scored: tuple[bool, CodeReward], caplog: pytest.LogCaptureFixture):
     partial, function = scored
     with caplog.at_level(logging.INFO):
-        assert function(samples()) == [pair[partial] for pair in COMPLETIONS.values()]
+        assert [s.value for s in function(samples())] == [pair[partial] for pair in COMPLETIONS.values()]
     expected = {Reason.passed: 2, Reason.failed: 3, Reason.syntax: 1, Reason.timeout: 1, Reason.network: 1}
     assert function.reasons == Counter(expected)
     assert [r.reason.name for r in function.results][-2:] == ["timeout", "network"]
@@ -67,7 +67,7 @@ def test_tests_as_one_text():
     function = reward(column="check", partial=True)
     given = "value = 1\nassert f(value) == 2\nvalue = f(value)\nassert value == 3"
     sample = trajectory([1, 2], [0, 1], completion="def f(x): return x + 1", check=given)
-    assert function([sample]) == [0.5]
+    assert [s.value for s in function([sample])] == [0.5]
     function.sandbox.close()
 
 
@@ -153,5 +153,5 @@ def test_limits_that_are_none_are_refused(field: str, value: float):
 
 def test_the_least_memory_that_is_allowed_is_enough():
     function = reward(memory_bytes=64 * 2**20, max_processes=0, files_bytes=2**16, output_bytes=1)
-    assert function(samples()[:2]) == [1.0, 1.0]
+    assert [s.value for s in function(samples()[:2])] == [1.0, 1.0]
     function.sandbox.close()

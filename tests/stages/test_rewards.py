@@ -90,6 +90,7 @@ def test_what_a_service_cannot_score_is_left_out_with_its_draw(chain: Path, tmp_
     overrides = [
         "reward=http",
         f"reward.url={service.url}",
+        "algorithm=rloo",
         "rollout.group_size=2",
         "training.prompts_per_step=8",
     ]
