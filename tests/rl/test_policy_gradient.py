@@ -16,6 +16,7 @@ from llmscale.config import check
 from llmscale.errors import ConfigError
 from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.policy_gradient import PolicyGradient
+from tests.conftest import ROOT
 from tests.rl.settings import ALGORITHMS, MAX_NEW_TOKENS, algorithm, setting
 
 GROUP = 3
@@ -165,6 +166,11 @@ LOOPS: dict[str, Callable[[Samples], float]] = {
 
 def test_every_shipped_algorithm_is_compared() -> None:
     assert sorted([*LOOPS, "cispo"]) == ALGORITHMS
+
+
+def test_the_readme_names_every_algorithm() -> None:
+    _, _, section = (ROOT / "README.md").read_text().partition("### Algorithms")
+    assert [n for n in ALGORITHMS if f"| `{n}` | " not in section.partition("\n### ")[0]] == []
 
 
 @pytest.mark.parametrize("name", LOOPS)
