@@ -2,7 +2,8 @@
 
     python -m tests.bench.grpo_effect --seeds 0 1 2 3 4 --folder FOLDER
 
-FOLDER/runs/demo/sft is the SFT model, as `make demo` leaves it. The control is the model before its first step, on the same held-out words with the same random numbers.
+FOLDER/runs/demo/sft is the SFT model, as `make demo` leaves it. The control is the model before its first step, on the same
+held-out words with the same random numbers.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def report(curves: dict[int, dict[int, float]], seconds: dict[int, float], proce
         f"    llmscale {COMMAND} run.seed=SEED",
         "",
         "from the same SFT model (seed 0). Percent of 256 held-out words that are sorted without a mistake, sampled at",
-        "temperature 1, by step; step 0 is the SFT model, the control, on the same words with the same random numbers. The seed",
-        "changes the prompts, their order and the sampling.",
+        "temperature 1, by step; step 0 is the SFT model, the control, on the same words with the same random numbers. The",
+        "seed changes the prompts, their order and the sampling.",
         "",
         f"Gain at the end: {mean(gains):+.1f} points{spread}; the least is {min(gains):+.1f}.",
         "",
