@@ -63,25 +63,53 @@ def balanced(lengths: Sequence[int] | np.ndarray, capacity: int, multiple: int =
             return [parts[part] for load, part in sorted(lightest, key=lambda p: (-p[0], p[1]))]
 
 
+PART_TOKENS = 64  # what a part costs beside its tokens; about that of a small model on a CPU
+
+
 def like_lengths(lengths: Sequence[int] | np.ndarray, capacity: int, multiple: int = 1) -> list[list[int]]:
     """As `balanced`, for sequences that are padded to the longest of their part: those of like length stand together, and
-    the capacity is that of the padded part, its number of sequences times its longest. Among the partitions into as few
-    parts, the one whose largest part is smallest."""
+    the capacity is that of the padded part, its number of sequences times its longest.
+
+    With `multiple` 1 the cheapest partition, each part costing its padded tokens and `PART_TOKENS`. For several ranks, which
+    wait for each other, as few parts as fit, the largest of them as small as can be.
+    """
     given = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-given, kind="stable").tolist()
-
-    def cut(area: int) -> list[list[int]]:
-        parts: list[list[int]] = []
-        for index in order:
-            if not parts or int(given[parts[-1][0]]) * (len(parts[-1]) + 1) > area:
-                parts.append([])
-            parts[-1].append(index)
-        return parts
-
-    count = -(-max(1, len(cut(capacity))) // multiple) * multiple
+    if multiple == 1:
+        return _cheapest(given, order, capacity)
+    count = -(-max(1, len(_cut(given, order, capacity))) // multiple) * multiple
     low, high = 0, capacity  # the smallest area that takes no more parts lies in (low, high]
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
-    parts = cut(high)
+        low, high = (low, middle) if len(_cut(given, order, middle)) <= count else (middle, high)
+    parts = _cut(given, order, high)
     return parts + [[] for _ in range(count - len(parts))]
+
+
+def _cheapest(lengths: np.ndarray, order: Sequence[int], capacity: int) -> list[list[int]]:
+    """By dynamic programming over where the last part begins; O(n^2), vectorised."""
+    longest = lengths[np.asarray(order, dtype=np.int64)]  # of a part that begins there
+    cost, begins = np.zeros(len(order) + 1), [0]
+    for end in range(1, len(order) + 1):
+        sizes = np.arange(end, 0, -1)
+        areas = longest[:end] * sizes
+        fits = (areas <= capacity) | (sizes == 1)
+        candidates = np.where(fits, cost[:end] + areas + PART_TOKENS, np.inf)
+        begins.append(int(candidates.argmin()))
+        cost[end] = candidates[begins[-1]]
+    parts: list[list[int]] = []
+    end = len(order)
+    while end:
+        parts.append(list(order[begins[end] : end]))
+        end = begins[end]
+    return parts[::-1] or [[]]
+
+
+def _cut(lengths: np.ndarray, order: Sequence[int], area: int) -> list[list[int]]:
+    """In this order, as few parts as fit `area` each."""
+    parts: list[list[int]] = []
+    for index in order:
+        if not parts or int(lengths[parts[-1][0]]) * (len(parts[-1]) + 1) > area:
+            parts.append([])
+        parts[-1].append(index)
+    return parts
