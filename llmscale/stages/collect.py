@@ -34,7 +34,7 @@ from llmscale.stages.collected import write_collected
 from llmscale.stages.config import CollectConfig, check_context
 from llmscale.stages.rlhf_run import check_columns, sample_record
 from llmscale.stages.roles import RewardRole, RolloutRole
-from llmscale.tracking.composite import open_trackers
+from llmscale.tracking.composite import finishing, open_trackers
 from llmscale.tracking.jsonl import METRICS, SAMPLES, iter_jsonl
 from llmscale.training.stop import signals
 
@@ -66,7 +66,7 @@ class Collection:
         self.num_steps = -(-len(self.prompts) // config.prompts_per_step)
 
     def collect(self) -> dict[str, Any]:
-        started, path, status = time.perf_counter(), self.directory.path, "failed"
+        started, path = time.perf_counter(), self.directory.path
         done = steps_on_disk(path, self.prompts)
         self.tracker = open_trackers(
             self.config.tracking,
@@ -77,7 +77,7 @@ class Collection:
             resume_step=done or -1,
             run_config=to_dict(self.config),
         )
-        try:
+        with finishing(self.tracker):
             self.tracker.event("resumed" if done else "plan", step=done, **self.plan())
             if done < self.num_steps:
                 with self.pools() as pools, signals.deferred():
@@ -85,15 +85,6 @@ class Collection:
             found = write_collected(path, self.config, self.prompts)
             written = {n: v for n, v in found["metrics"].items() if n.startswith(("rankings/", "sft/"))}
             self.tracker.event("written", **written)
-            status = "done"
-        except Requeue:
-            status = "stopped"
-            raise
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            self.tracker.finish(status)
         seconds = time.perf_counter() - started
         return {"stage": "collect", "run_dir": str(path), "steps": self.num_steps, "seconds": seconds} | found
 

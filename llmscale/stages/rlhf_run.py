@@ -28,7 +28,7 @@ from llmscale.rl.overoptimisation import overoptimisation
 from llmscale.stages.config import CollectConfig, RlhfConfig, check_context
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
-from llmscale.tracking.composite import open_trackers
+from llmscale.tracking.composite import finishing, open_trackers
 from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
 from llmscale.training.stop import signals
 
@@ -64,24 +64,14 @@ class RlhfRun:
         started = time.perf_counter()
         skipped: list[dict[str, str]] = []
         checkpoint = self.store.newest_valid(lambda path, why: skipped.append({"path": str(path), "why": why}))
-        status = "failed"
         tracker = self.tracker = self.open_tracker(checkpoint)
-        try:
+        with finishing(tracker):
             for broken in skipped:
                 tracker.event("checkpoint_skipped", **broken)
             tracker.event("plan", **plan(self.config))
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
             verdict = self.look_for_overoptimisation()
-            status = "done"
-        except Requeue:
-            status = "stopped"
-            raise
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            tracker.finish(status)
         return {
             "stage": "rlhf",
             "run_dir": str(self.config.run_dir),

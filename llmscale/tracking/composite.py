@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmscale.errors import Requeue
 from llmscale.tracking.config import TrackingConfig, WandbMode
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.jsonl import JsonlTracker
@@ -82,3 +83,20 @@ def open_trackers(
 
     remote = WandbTracker(config, run_dir=run_dir, run_id=run_id, run_config=run_config, report=local.event)
     return CompositeTracker([jsonl, console, remote])
+
+
+@contextmanager
+def finishing(tracker: Tracker) -> Iterator[None]:
+    """Finish the tracker with how the block ended: done, stopped (to be requeued), interrupted or failed."""
+    status = "failed"
+    try:
+        yield
+        status = "done"
+    except Requeue:
+        status = "stopped"
+        raise
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        tracker.finish(status)
