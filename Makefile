@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 # DeepSpeed compiles its CPU communication on first use (half a minute, g++): once here, not in the first run.
 warm:
-	$(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+	$(BIN)/python -c 'from llmscale.engine.deepspeed import build_communication; build_communication()'
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -17,8 +17,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,6 +87,16 @@ def open_run(directory: Path, config: Any) -> RunDirectory:
         attempt_dir = _next_attempt(directory / "attempts")
         on_failure.pop_all()
         return RunDirectory(directory, attempt_dir, lock)
+
+
+def run_once(directory: Path, config: Any, work: Callable[[RunDirectory], dict[str, Any]]) -> dict[str, Any]:
+    """Start a run of one process, resume it, or return what it found when it was finished."""
+    with closing(open_run(directory, config)) as run:
+        found = run.result()
+        if found is None:
+            found = work(run)
+            run.finish(found)
+        return found
 
 
 @contextmanager

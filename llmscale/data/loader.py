@@ -50,11 +50,6 @@ class SampleOrder:
         return order
 
 
-def shard(items: Sequence[T], rank: int, world_size: int) -> list[T]:
-    """This rank's part; the parts of all ranks are the whole, and differ in size by one at most."""
-    return list(items[rank::world_size])
-
-
 def micro_batches(items: Sequence[T], micro_batch_size: int) -> list[list[T]]:
     """In order, the last one perhaps smaller."""
     return [list(items[start : start + micro_batch_size]) for start in range(0, len(items), micro_batch_size)]

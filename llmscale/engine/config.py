@@ -16,6 +16,7 @@ from llmscale.models.config import Attention
 class Offload(Enum):
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"  # refused, see problems
 
 
 class Precision(Enum):
@@ -52,6 +53,10 @@ class EngineConfig:
     def data_shard(self, rank: int, world_size: int) -> tuple[int, int]:
         """Which shard of the examples a rank trains on, and of how many."""
         return rank, world_size
+
+    def needs_weights(self, rank: int) -> bool:
+        """Whether a rank has to load the model's weights; else it builds the model without them."""
+        return True
 
 
 @option("engine", "single", builds="llmscale.engine.single:SingleEngine")
@@ -98,6 +103,10 @@ class DeepSpeedConfig(EngineConfig):
         yield from at_least(self, tensor_parallel_size=1, sequence_parallel_size=1)
         if self.zero_stage not in (1, 2, 3):
             yield "zero_stage", f"must be 1, 2 or 3, is {self.zero_stage}", "Stage 0 is engine=single."
+        for name in ("offload_optimizer", "offload_parameters"):
+            if getattr(self, name) is Offload.nvme:
+                what = "DeepSpeed 0.19 swaps to files of its own format, which no checkpoint of ours can read or resume"
+                yield name, what, "Set it to cpu."
         if self.offload_parameters is not Offload.none and self.zero_stage != 3:
             yield "offload_parameters", "only zero_stage=3 shards weights, and can offload them", "Set zero_stage=3."
         if self.tensor_parallel_size > 1 and self.sequence_parallel_size > 1:
@@ -113,3 +122,11 @@ class DeepSpeedConfig(EngineConfig):
         """Ranks that share matrices or sequences train on the same examples."""
         sharing = self.tensor_parallel_size * self.sequence_parallel_size
         return rank // sharing, world_size // sharing
+
+    def needs_weights(self, rank: int) -> bool:
+        return rank == 0 or not self.scatters
+
+    @property
+    def scatters(self) -> bool:
+        """Rank 0's weights are cut over the ranks as the engine is built. AutoTP cuts whole matrices first."""
+        return self.zero_stage == 3 and self.tensor_parallel_size == 1

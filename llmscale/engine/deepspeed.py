@@ -7,6 +7,7 @@ the first, and the second is switched off.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from llmscale import distributed
 
@@ -29,6 +31,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences a warning
 
 import deepspeed
+from deepspeed.comm.torch import build_shm_op
 
 from llmscale.batch import Batch
 from llmscale.engine import partitions, state
@@ -37,6 +40,7 @@ from llmscale.engine.averaging import WeightAverage
 from llmscale.engine.config import DeepSpeedConfig, Offload, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.engine.gate import Gate
+from llmscale.engine.scatter import scatter
 from llmscale.engine.sequence_parallel import SequenceParallel
 from llmscale.errors import ConfigError
 from llmscale.models.export import SHARD_BYTES, save_hf
@@ -55,11 +59,12 @@ class DeepSpeedEngine(FrozenEngine):
 
     @distributed.limited_groups()
     def __init__(self, config: DeepSpeedConfig, model: Model, optim: OptimConfig, total_steps: int):
+        _join_group(distributed.device())
+        self.settings = deepspeed_json(config, optim, sum(p.numel() for p in model.parameters()))
         super().__init__(config, model)
         self.optim, self.total_steps, self.zero_stage = optim, total_steps, config.zero_stage
         if config.activation_checkpointing:
             self.model.hf.gradient_checkpointing_enable({"use_reentrant": False})
-        _join_group(self.device)
         self.tensor_parallel_size = config.tensor_parallel_size
         self.sequence_parallel_size = config.sequence_parallel_size
         self.num_sharing = self.tensor_parallel_size * self.sequence_parallel_size  # ranks with the same examples
@@ -74,15 +79,19 @@ class DeepSpeedEngine(FrozenEngine):
         self.gate = Gate(optimizer)
         self.module: Any
         self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            config=deepspeed_json(config, optim, sum(p.numel() for p in model.parameters())),
+            model=self.model, optimizer=optimizer, config=self.settings
         )
         if config.compile:
             self.module.compile(compile_kwargs={"dynamic": True})
         spread = partial(partitions.weights_follow, self.optimizer, self.zero_stage)
         self.average = WeightAverage(optim.ema_decay, self.optimizer.optimizer, spread)
         self.num_steps = 0
+
+    def _placed(self, model: Model) -> Model:
+        if not (isinstance(self.config, DeepSpeedConfig) and self.config.scatters):
+            return super()._placed(model)
+        dtype = torch.bfloat16 if self.config.precision is Precision.bf16 else torch.float32
+        return scatter(model, self.device, dtype, partial(deepspeed.zero.Init, config_dict_or_path=self.settings))
 
     def step(
         self, micro_batches: Sequence[Batch], objective: Objective, accept: Accept = require_finite
@@ -216,8 +225,22 @@ def _join_group(device: torch.device) -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
     with redirect_stdout(sys.stderr):  # it prints; stdout is for results
+        build_communication()
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     _forget_shared_buffer()
+
+
+def build_communication() -> None:
+    """Compile DeepSpeed's communication between ranks of one host, where it has not been, and load it. Torch guards this with
+    a file that a killed process leaves behind, for which all others would wait for ever. Whoever holds the lock that the
+    system releases knows that such a file is nobody's."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "llmscale.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left_behind in root.glob("**/deepspeed_shm_comm/lock"):
+            left_behind.unlink()
+        build_shm_op()
 
 
 def _forget_shared_buffer() -> None:

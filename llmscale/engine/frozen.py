@@ -34,9 +34,12 @@ class FrozenEngine:
             model.hf.set_attn_implementation(attention)
         if config.liger:
             apply_liger(model, self.device)
-        self.model = model.to(self.device)
+        self.model = self._placed(model)
         self.module = self.model
         self._forward = ModelForward(self._call)
+
+    def _placed(self, model: Model) -> Model:
+        return model.to(self.device)
 
     @torch.no_grad()
     def forward(

@@ -6,15 +6,15 @@ Legend: N scored tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-CHUNK_BYTES = (
-    256 << 20
-)  # of fp32 logits held at once; more tokens than that are scored in parts, recomputed in the backward
+# Of fp32 logits held at once; more tokens than that are scored in parts, recomputed in the backward.
+CHUNK_BYTES = 256 << 20
 
 
 class TokenHead(nn.Linear):
@@ -59,12 +59,16 @@ def score_logits(logits: Tensor, targets: Tensor, temperature: float, entropy: s
         return logprobs, -(every.exp() * every).sum(-1)
 
 
-def install_token_head(hf: PreTrainedModel) -> TokenHead | None:
-    """Replace the output layer by a TokenHead with the same weights; None, and nothing is changed, where the model does more
-    than a linear layer between its last hidden state and its logits (soft-capping, scaling), or has no weights to try."""
-    old = hf.get_output_embeddings()
-    if type(old) is not nn.Linear or old.weight.is_meta or not _is_all_there_is(hf, old):
-        return None
+def has_plain_head(hf: PreTrainedModel) -> bool:
+    """Whether a linear layer is all that a model does between its last hidden state and its logits (no soft-capping, no
+    scaling). One without weights cannot be tried."""
+    head = hf.get_output_embeddings()
+    return type(head) is nn.Linear and not head.weight.is_meta and _is_all_there_is(hf, head)
+
+
+def install_token_head(hf: PreTrainedModel) -> TokenHead:
+    """Replace a plain output layer by a TokenHead with the same weights."""
+    old: Any = hf.get_output_embeddings()
     head = TokenHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight, head.bias = old.weight, old.bias  # the same parameters: tied ones stay tied
     hf.set_output_embeddings(head)

@@ -6,7 +6,7 @@ A model here is an `nn.Module` called with `input_ids` and `position_ids` [B, T]
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmscale.errors import ModelError
 from llmscale.models.config import ModelConfig
-from llmscale.models.head import install_token_head, score_logits, scored
+from llmscale.models.head import has_plain_head, install_token_head, score_logits, scored
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -40,8 +40,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
-        self._plain_head = install_token_head(hf) is not None
         self.hf: Any = hf  # its attributes differ from architecture to architecture
+        self.has_token_head = False
+        if has_plain_head(hf):
+            self.use_token_head()
+
+    def use_token_head(self) -> None:
+        """Score tokens without the logits of all of them."""
+        install_token_head(self.hf)
+        self.has_token_head = True
 
     def forward(
         self,
@@ -58,7 +65,7 @@ class LanguageModel(nn.Module):
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if targets is None or wanted is None:
             return self.hf(**inputs).logits
-        if self._plain_head:
+        if self.has_token_head:
             hidden = self.hf.base_model(**inputs).last_hidden_state
             return scored(self.hf.get_output_embeddings(), hidden, targets, wanted, temperature, entropy)
         return scored(score_logits, self.hf(**inputs).logits, targets, wanted, temperature, entropy)
@@ -122,8 +129,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LanguageModel:
-    """A randomly initialised decoder of the configured size; the same seed gives the same weights."""
+def new_language_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int, *, empty: bool = False
+) -> LanguageModel:
+    """A randomly initialised decoder of the configured size; the same seed gives the same weights. `empty`: without them,
+    on the meta device."""
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": config.hidden_size,
@@ -142,7 +152,7 @@ def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, 
         raise ModelError(what, where="model.architecture", fix="Try llama or qwen2.")
     try:
         hf_config = AutoConfig.for_model(config.architecture, **(sizes | config.overrides))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if empty else nullcontext():
             torch.manual_seed(seed)
             return LanguageModel(AutoModelForCausalLM.from_config(_with_dropout(hf_config, config.dropout)))
     except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
@@ -153,37 +163,31 @@ def new_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, 
         ) from error
 
 
-def load_language_model(path: str, dropout: float = 0.0) -> LanguageModel:
-    """A decoder in fp32 from a run directory, a Hugging Face folder or a hub name."""
+def load_language_model(path: str, dropout: float = 0.0, *, empty: bool = False) -> LanguageModel:
+    """A decoder in fp32 from a run directory, a Hugging Face folder or a hub name. `empty`: without its weights, which are
+    on the meta device: for who has others."""
     if has_scalar_head(path):
         raise ModelError(
             "this is a reward model, not a language model", where=path, fix="Name a run of pretrain, sft or rlhf."
         )
-    return LanguageModel(_from_pretrained(AutoModelForCausalLM, path, dropout))
+    load = _without_weights if empty else _from_pretrained
+    return LanguageModel(load(AutoModelForCausalLM, path, dropout))
 
 
-def load_scalar_model(path: str, dropout: float = 0.0, seed: int = 0, zero_head: bool = False) -> ScalarModel:
+def load_scalar_model(
+    path: str, dropout: float = 0.0, seed: int = 0, zero_head: bool = False, *, empty: bool = False
+) -> ScalarModel:
     """A decoder with a scalar head, in fp32. A reward model keeps its own head. A language model gets a new one: of
     zeros for a critic, whose first values would else be noise, or N(0, 1 / (hidden_size + 1)) as in Stiennon et al. 2020,
-    drawn from `seed`."""
+    drawn from `seed`. `empty`: see `load_language_model`."""
+    if empty:
+        return ScalarModel(_without_weights(AutoModelForSequenceClassification, path, dropout, num_labels=1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hf: Any = _from_pretrained(AutoModelForSequenceClassification, path, dropout, num_labels=1)
         if not has_scalar_head(path):
             nn.init.normal_(hf.score.weight, std=0.0 if zero_head else (hf.config.hidden_size + 1) ** -0.5)
     return ScalarModel(hf)
-
-
-def empty_model(path: str, dropout: float = 0.0, scalar: bool = False) -> Model:
-    """The model of a folder or hub name without its weights, which are on the meta device: for who has others."""
-    config = _with_dropout(_read_config(path, **({"num_labels": 1} if scalar else {})), dropout)
-    auto = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    with torch.device("meta"):
-        hf = auto.from_config(config)
-    if hf.can_generate():
-        with suppress(OSError):  # there is none: it keeps that of its config
-            hf.generation_config = GenerationConfig.from_pretrained(resolve(path))
-    return ScalarModel(hf) if scalar else LanguageModel(hf)
 
 
 def cast_parameters(model: Model, dtype: torch.dtype) -> None:
@@ -211,7 +215,10 @@ def check_isolation(model: Model) -> None:
 @torch.no_grad()
 def isolates(model: Model) -> bool:
     """Whether two documents in one row cannot see each other. That restarting positions keep them apart is up to the
-    architecture: some ignore them, and would learn from the wrong context without a word."""
+    architecture: some ignore them, and would learn from the wrong context without a word. An empty model is not asked: the
+    rank that has the weights is."""
+    if next(model.parameters()).is_meta:
+        return True
     ids = torch.arange(1, 9, device=next(model.parameters()).device).unsqueeze(0)
     positions = torch.arange(4, device=ids.device).unsqueeze(0)
     packed = model(input_ids=ids, position_ids=positions.repeat(1, 2))
@@ -253,6 +260,15 @@ def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) ->
             where=path,
             fix="Name a language model: a run of pretrain, sft or rlhf.",
         )
+    return hf
+
+
+def _without_weights(auto: Any, path: str, dropout: float, **kwargs: object) -> PreTrainedModel:
+    with torch.device("meta"):
+        hf = auto.from_config(_with_dropout(_read_config(path, **kwargs), dropout))
+    if hf.can_generate():
+        with suppress(OSError):  # there is none: it keeps that of its config
+            hf.generation_config = GenerationConfig.from_pretrained(resolve(path))
     return hf
 
 

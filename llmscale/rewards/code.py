@@ -6,7 +6,6 @@ import ast
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 class CodeReward:
-    """1.0 where all tests pass, or the fraction that does. `reasons` counts how all programs so far ended, `results` are
-    those of the last call."""
+    """1.0 where all tests pass, or the fraction that does. `results` are those of the last call."""
 
     def __init__(self, config: CodeConfig, tokenizer: PreTrainedTokenizerFast):
         self.config = config
@@ -34,18 +32,16 @@ class CodeReward:
             config.timeout_s, config.memory_bytes, config.max_processes, config.output_bytes, config.files_bytes
         )
         self.sandbox = Sandbox(limits, config.num_workers or len(os.sched_getaffinity(0)))
-        self.reasons: Counter[Reason] = Counter()
         self.results: list[Result] = []
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         programs = [Program(extract_code(t.completion), self._tests(t)) for t in trajectories]
         self.results = self.sandbox.run(programs)
-        self.reasons.update(result.reason for result in self.results)
         for trajectory, result in zip(trajectories, self.results, strict=True):
             if result.reason not in _ORDINARY:
                 _logger.warning("draw %d, sample %d: %s", trajectory.draw_id, trajectory.sample_index, result)
         return [
-            Score(self.reward(result), why="" if result.reason is Reason.passed else str(result))
+            Score(self.reward(result), _shares(result.reason), "" if result.reason is Reason.passed else str(result))
             for result in self.results
         ]
 
@@ -61,6 +57,11 @@ class CodeReward:
             where = f"draw {trajectory.draw_id}, column {self.config.column!r}"
             what = f"the tests of {trajectory.prompt.text!r} cannot be run: {error}"
             raise DataError(what, where=where, fix="Give Python with assertions, or a list of such.") from error
+
+
+def _shares(reason: Reason) -> dict[str, float]:
+    """So that the mean of each is the share of programs that ended so."""
+    return {f"code_{other.name}": float(other is reason) for other in Reason}
 
 
 def extract_code(completion: str) -> str:

@@ -47,13 +47,14 @@ class Scored:
     """A trajectory with its reward, and what each model says of its tokens: float32 [T]; None where there is no such model."""
 
     trajectory: Trajectory
-    reward: float
+    reward: float  # of the reward function
     true_reward: float | None  # only watched; None where there is none
     old_logprobs: np.ndarray  # the trainer's, before the update
     ref_logprobs: np.ndarray | None
     values: np.ndarray | None  # the critic's, of the state before each token
     parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, before their weights
     why: str = ""  # the reward's own reason
+    penalty: float = 0.0  # for its length, 0 or less; added to the reward that is learned from
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def build_experience(
     value = _padded([z if s.values is None else s.values for s, z in zip(scored, zeros, strict=True)], mask)
     rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
     kl = torch.where(mask, estimate(old, ref, "k1"), torch.zeros_like(old))
-    rewards = torch.tensor([s.reward for s in scored], dtype=torch.float32)
+    rewards = torch.tensor([s.reward + s.penalty for s in scored], dtype=torch.float32)
     sizes = [len(group) for group in groups_of(scored)]
     advantages, returns = algorithm.advantages(rewards, kl_coef * kl, value, mask, sizes)
     importance = algorithm.importance(old, rollout)
@@ -117,7 +118,8 @@ def groups_of(scored: Sequence[Scored]) -> list[list[Scored]]:
 
 
 def is_informative(group: Sequence[Scored]) -> bool:
-    """Whether comparing the samples of a draw says anything: their rewards are not all equal."""
+    """Whether comparing the samples of a draw says anything about its prompt: their rewards are not all equal. Unequal
+    lengths alone do not count, as in Yu et al. 2025, eq. 11."""
     return len({s.reward for s in group}) > 1
 
 

@@ -246,22 +246,17 @@ def _config(file: Path) -> Any:
 
 def _without_weights(config: Any, path: str | None, tokenizer: Any) -> Model:
     """The run's model as far as an export needs it; values only of what is no parameter."""
-    import torch
-
     from llmscale.models.export import persistent_buffers
-    from llmscale.models.loading import empty_model, load_language_model, load_scalar_model, new_language_model
+    from llmscale.models.loading import load_language_model, load_scalar_model, new_language_model
 
-    scalar, dropout = config.stage == "reward", config.model.dropout
-    if path is None:
-        with torch.device("meta"):
-            model: Model = new_language_model(config.model, tokenizer, config.run.seed)
-    else:
-        model = empty_model(path, dropout, scalar)
-    if not persistent_buffers(model):
-        return model
-    if path is None:
-        return new_language_model(config.model, tokenizer, config.run.seed)
-    return load_scalar_model(path, dropout) if scalar else load_language_model(path, dropout)
+    def model(empty: bool) -> Model:
+        if path is None:
+            return new_language_model(config.model, tokenizer, config.run.seed, empty=empty)
+        load_model = load_scalar_model if config.stage == "reward" else load_language_model
+        return load_model(path, config.model.dropout, empty=empty)
+
+    found = model(empty=True)
+    return model(empty=False) if persistent_buffers(found) else found
 
 
 # ---------------------------------------------------------------- finding

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
-from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
+from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.config import to_dict
 from llmscale.data.loader import micro_batches
@@ -45,13 +45,7 @@ Scored = tuple[Trajectory, Score, float, float | None]  # with its score, reward
 
 
 def run(config: CollectConfig) -> dict[str, Any]:
-    """Start, resume, or return what a finished run found."""
-    with closing(open_run(config.run_dir, config)) as directory:
-        finished = directory.result()
-        if finished is None:
-            finished = Collection(config, directory).collect()
-            directory.finish(finished)
-        return finished
+    return run_once(config.run_dir, config, lambda directory: Collection(config, directory).collect())
 
 
 class Collection:

@@ -77,7 +77,7 @@ class Rlhf:
         if "kl/ref" in metrics:
             metrics["kl/coef"] = self.kl_coef.value
             self.kl_coef.update(metrics["kl/ref"], len(scored))
-        metrics["perf/tokens_per_s"] = sum(s.trajectory.completion_len for s in scored) / sum(self.timings.values())
+        metrics["perf/tokens_per_s"] = metrics.pop("perf/tokens") / sum(self.timings.values())
         return metrics | self.timings, scored
 
     def collect(self) -> tuple[list[Scored], Metrics]:
@@ -100,6 +100,7 @@ class Rlhf:
                 break
         metrics = reward_metrics([s for _, s, _ in sampled], num_scored) | true_metrics([t for *_, t in sampled])
         metrics |= diversity_metrics([t for t, *_ in sampled])
+        metrics["perf/tokens"] = sum(t.completion_len for t, *_ in sampled)  # those that are not learned from, too
         # Where none of them teaches, an update of nothing.
         return [sample for group in kept or groups for sample in group], metrics
 
@@ -132,10 +133,10 @@ class Rlhf:
         assert score.value is not None, "it was admitted"
         algorithm, limit = self.config.algorithm, self.config.rollout.max_new_tokens
         length, share = trajectory.completion_len, algorithm.overlong_share
-        reward = score.value + overlong_penalty(length, limit, share, algorithm.overlong_penalty)
+        penalty = overlong_penalty(length, limit, share, algorithm.overlong_penalty)
         true_reward = true.value if true is not None else None
         old, ref, values = views
-        return Scored(trajectory, reward, true_reward, old, ref, values, score.parts, score.why)
+        return Scored(trajectory, score.value, true_reward, old, ref, values, score.parts, score.why, penalty)
 
     def view(
         self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
 from llmscale.checkpoint.durable import atomic_write_text
-from llmscale.checkpoint.run_directory import RunDirectory, open_run, run_id
+from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import VersionCounter
@@ -37,13 +37,7 @@ ROLES = TRAINED | {"reference": ReferenceRole, "reward": RewardRole, "rollout": 
 
 
 def run(config: RlhfConfig) -> dict[str, Any]:
-    """Start, resume, or return what a finished run found."""
-    with closing(open_run(config.run_dir, config)) as directory:
-        finished = directory.result()
-        if finished is None:
-            finished = RlhfRun(config, directory).train()
-            directory.finish(finished)
-        return finished
+    return run_once(config.run_dir, config, lambda directory: RlhfRun(config, directory).train())
 
 
 class RlhfRun:

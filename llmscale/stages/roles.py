@@ -77,6 +77,10 @@ class TrainedRole:
         sequences = training.prompts_per_step * self.config.group_size
         return training.num_steps * algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
 
+    @property
+    def _empty(self) -> bool:
+        return not self.config.engine.needs_weights(self.world.rank)
+
     def _new_engine(self, model: Any, optim: OptimConfig) -> TrainEngine:
         return build(self.config.engine, model, optim, self._total_steps())
 
@@ -84,7 +88,8 @@ class TrainedRole:
 class PolicyRole(TrainedRole):
     def __init__(self, config_file: str):
         super().__init__(config_file)
-        self.engine = self._new_engine(load_language_model(str(self.config.model.path)), self.config.optim)
+        model = load_language_model(str(self.config.model.path), empty=self._empty)
+        self.engine = self._new_engine(model, self.config.optim)
         algorithm = new_algorithm(self.config)
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
         self.objective = PolicyObjective(algorithm, temperature, entropy_coef)
@@ -101,7 +106,8 @@ class PolicyRole(TrainedRole):
 class CriticRole(TrainedRole):
     def __init__(self, config_file: str):
         super().__init__(config_file)
-        model = load_scalar_model(self.config.critic_path, seed=self.config.run.seed, zero_head=True)
+        seed = self.config.run.seed
+        model = load_scalar_model(self.config.critic_path, seed=seed, zero_head=True, empty=self._empty)
         self.engine = self._new_engine(model, self.config.critic.optim)
         self.objective = ValueObjective(new_algorithm(self.config))
 

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from llmscale.phases import phase
 from llmscale.protocols import Tracker
 from llmscale.stages.appraisal import appraise, check_objective
 from llmscale.stages.config import SupervisedConfig, check_context
-from llmscale.tracking.composite import NullTracker, open_trackers
+from llmscale.tracking.composite import NullTracker, finishing, open_trackers
 from llmscale.tracking.jsonl import last_metrics
 from llmscale.training.guard import Guard
 from llmscale.training.loop import Hook, Metrics, train
@@ -116,8 +117,7 @@ class SupervisedRun:
         started = time.perf_counter()
         _, skipped = self.resume()
         self.tracker = self.open_tracker()
-        status = "failed"
-        try:
+        with finishing(self.tracker), closing(self.prepared):
             for broken in skipped:
                 self.tracker.event("checkpoint_skipped", **broken)
             self.tracker.event("data", **{name: count for name, count in self.split.report.items() if count})
@@ -126,20 +126,13 @@ class SupervisedRun:
                 self.tracker.event("mixture", **self.split.mixture.plan(num_samples))
             self.tracker.event("plan", **self.plan())
             self.tracker.event("resumed" if self.engine.num_steps else "started", step=self.engine.num_steps)
-            self.train_steps()
+            try:
+                self.train_steps()
+            except Requeue:
+                self.report(self.saver.wait())
+                raise
             self.report(self.saver.wait())
             self.export()
-            status = "done"
-        except Requeue:
-            self.report(self.saver.wait())
-            status = "stopped"
-            raise
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            self.prepared.close()
-            self.tracker.finish(status)
         return {
             "stage": self.config.stage,
             "objective": self.config.objective.name,
@@ -318,8 +311,9 @@ def prepare_tokenizer(config: SupervisedConfig, run_dir: Path, barrier: Callable
 
 def new_model(config: SupervisedConfig, tokenizer: Any) -> Model:
     model, seed = config.model, config.run.seed
+    empty = not config.engine.needs_weights(distributed.rank())
     if model.path is None:
-        return new_language_model(model, tokenizer, seed)
+        return new_language_model(model, tokenizer, seed, empty=empty)
     if config.stage == "reward":
-        return load_scalar_model(model.path, model.dropout, seed)
-    return load_language_model(model.path, model.dropout)
+        return load_scalar_model(model.path, model.dropout, seed, empty=empty)
+    return load_language_model(model.path, model.dropout, empty=empty)

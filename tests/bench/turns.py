@@ -123,6 +123,8 @@ def measure(
             first = number % len(running)
             for one in running[first:] + running[:first]:
                 one.take_turn(steps)
+            speeds = ", ".join(f"{one.contender.title} {one.turns[-1].tokens_per_s:,.0f}" for one in running)
+            print(f"round {number} of {rounds}, tokens/s: {speeds}", file=sys.stderr, flush=True)
         return {one.contender: one.turns for one in running}
 
 

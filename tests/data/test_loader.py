@@ -4,8 +4,9 @@ import time
 
 import pytest
 
+from llmscale.data.batching import TokenBudget
 from llmscale.data.config import DataConfig
-from llmscale.data.loader import SampleOrder, micro_batches, shard
+from llmscale.data.loader import SampleOrder, micro_batches
 from llmscale.data.mixing import MixedOrder, Mixture
 from llmscale.errors import DataError
 
@@ -37,13 +38,21 @@ def test_seeds_give_other_orders():
     assert len({tuple(SampleOrder(20, seed).batch(0, 20)) for seed in (-1, 0, 1, 2**40)}) == 4
 
 
+def shares(batch: list[int], world_size: int, packed: bool = True) -> list[list[list[int]]]:
+    """The micro-batches of each rank: sample i has 1 + i % 9 tokens."""
+    budget = TokenBudget(20, packed)
+    ranks = [budget.parts([1 + i % 9 for i in batch], rank, world_size) for rank in range(world_size)]
+    return [[[batch[i] for i in part] for part in parts] for parts in ranks]
+
+
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("size", [8, 7, 3])
-def test_shards_cover_the_same_global_batch(world_size, size):
+def test_ranks_share_out_the_same_global_batch(world_size, size, packed):
     batch = SampleOrder(100, 0).batch(3, size)
-    parts = [shard(batch, rank, world_size) for rank in range(world_size)]
-    assert sorted(i for part in parts for i in part) == sorted(batch)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    ranks = shares(batch, world_size, packed)
+    assert sorted(i for parts in ranks for part in parts for i in part) == sorted(batch)
+    assert len({len(parts) for parts in ranks}) == 1
 
 
 # ---------------------------------------------------------------- the position in the data is the step number
@@ -54,12 +63,12 @@ ORDERS = {"one source": lambda: SampleOrder(340, 3), "a mixture": lambda: MixedO
 
 
 def seen(order, steps: range, world_size: int, size: int = 24) -> list[int]:
-    """What the ranks of one attempt take from the data, put together again: rank r has every world_size-th sample."""
-    taken = []
-    for step in steps:
-        parts = [shard(order.batch(step, size), rank, world_size) for rank in range(world_size)]
-        taken += [parts[i % world_size][i // world_size] for i in range(size)]
-    return taken
+    """What the ranks of one attempt take from the data in each step, together."""
+    return [
+        index
+        for step in steps
+        for index in sorted(i for parts in shares(order.batch(step, size), world_size) for part in parts for i in part)
+    ]
 
 
 @pytest.mark.parametrize("new_order", ORDERS.values(), ids=ORDERS)

@@ -107,6 +107,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = dict(os.environ)
     for name, config in ONE_PROCESS.items():
         scenarios.run_all(config, folder / name)
+    scenarios.learning_from_samples(scenarios.Bench(ONE_PROCESS["single"], folder / "single"))
     for name, config in ONE_PROCESS.items():
         scenarios.reshard(scenarios.Bench(config, folder / name), others(folder, name, ONE_PROCESS))
     os.environ.clear()  # DeepSpeed needs RANK and so on in it; whoever is started later must not see them

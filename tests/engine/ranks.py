@@ -45,6 +45,7 @@ def main(folder: Path) -> None:
     for name in RESHARDED:
         if name in TWO_RANKS:
             scenarios.reshard(scenarios.Bench(TWO_RANKS[name], folder / name), others(folder, name, RESHARDED))
+    scenarios.learning_from_samples(scenarios.Bench(TWO_RANKS["zero2x2"], folder / "zero2x2"))
     sharding(zero_config(3), folder / "zero3x2")
     scenarios.train_in_bf16(scenarios.Bench(DeepSpeedConfig(zero_stage=3), folder / UNSHARDED))
     refused_engine(folder / "zero3x2")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -19,6 +20,7 @@ from torch import Tensor
 from llmscale import distributed
 from llmscale.batch import Batch, RankedExample, TokenExample, token_tensors
 from llmscale.config import build
+from llmscale.engine import scatter
 from llmscale.engine.config import EngineConfig, Precision
 from llmscale.errors import LlmscaleError
 from llmscale.functional import token_logprobs
@@ -29,14 +31,17 @@ from llmscale.objectives.config import CausalLMConfig, RankingConfig
 from llmscale.objectives.ranking import Ranking
 from llmscale.optim.config import OptimConfig, Optimizer, Schedule
 from llmscale.protocols import Forward, LossSums, TrainEngine
+from llmscale.rl.objectives import PolicyObjective
+from tests.rl.settings import ALGORITHMS, algorithm, experiences
 from tests.tiny import language_model, packed, scalar_model, token_examples, tokenizer
 
+BUCKET_BYTES = 5000
+scatter.BUCKET_BYTES = BUCKET_BYTES  # so that models as small as these come in several
 LANGUAGE, RANKING = CausalLM(CausalLMConfig()), Ranking(RankingConfig())
 LENGTHS = [9, 4, 12, 7, 3, 15, 8]
 NUM_STEPS, SAVED_AT = 20, 8
 SHORT = 4, 2  # the same of engines that are put through less
 NUM_RESHARDED = 3  # steps of another engine than that which wrote the checkpoint
-BUCKET_BYTES = 5000
 NUM_SAID = 6  # tokens
 
 # One step of it moves a weight by g / (|g| + 1): what AdamW does to a gradient near zero would blow up rounding.
@@ -86,7 +91,10 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
 
     def engine(self, model: Model | None = None, optim: OptimConfig = PROBE, **settings: Any) -> TrainEngine:
-        return build(replace(self.config, **settings), model or language_model(), optim, NUM_STEPS)
+        config = replace(self.config, **settings)
+        with nullcontext() if config.needs_weights(distributed.rank()) else torch.device("meta"):
+            model = model or language_model()
+        return build(config, model, optim, NUM_STEPS)
 
     def keep(self, name: str, numbers: Any, engine: TrainEngine | None = None) -> None:
         (self.folder / f"{name}.{distributed.rank()}.json").write_text(json.dumps(numbers))
@@ -180,6 +188,14 @@ def reshard(bench: Bench, sources: Sequence[Path]) -> None:
         start = engine.num_steps
         metrics = [engine.step(batches_of(bench, step), LANGUAGE) for step in range(start, start + NUM_RESHARDED)]
         bench.keep(again.name, {"start": start, "metrics": metrics}, engine)
+
+
+def learning_from_samples(bench: Bench) -> None:
+    """One step of every algorithm on the same seven samples."""
+    for name in ALGORITHMS:
+        engine, objective = bench.engine(), PolicyObjective(algorithm(name), 1.0, 0.0)
+        parts = SPLITS["the_last_rank_has_most"](experiences(LENGTHS), bench.shard)
+        bench.keep(name, engine.step([objective.prepare(part) for part in parts], objective), engine)
 
 
 def looking(bench: Bench) -> None:

@@ -26,6 +26,7 @@ from tests.engine.scenarios import (
     SHORT,
     SPLITS,
 )
+from tests.rl.settings import ALGORITHMS
 from tests.tiny import language_model, scalar_model, token_examples, tokenizer
 
 STEPS = [*SPLITS, "recomputed", "unclipped"]
@@ -92,6 +93,15 @@ def test_two_engines_in_one_process_do_not_mix(results: Results, single: Results
         for name, value in single.numbers(role).items():
             assert results.numbers(role)[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         assert_close(moved(single.weights(role), start), moved(results.weights(role), start), 1e-4)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_learns_the_same_over_two_ranks(two_ranks: Path, single: Results, name: str):
+    other, start = Results(two_ranks / "zero2x2"), language_model()
+    expected, metrics = single.numbers(name), other.numbers(name)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert_close(moved(single.weights(name), start), moved(other.weights(name), start), 1e-5)
 
 
 # ---------------------------------------------------------------- many steps

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import get_default_build_root
 
 from llmscale.config import check
-from llmscale.engine.config import OWNED, DeepSpeedConfig, Precision
+from llmscale.engine.config import OWNED, DeepSpeedConfig, Offload, Precision
 from llmscale.errors import ConfigError
 from llmscale.optim.config import OptimConfig
-from tests.engine.conftest import Results
+from tests.engine.conftest import ROOT, Results
 
 
 def test_stage_3_shards_the_weights(two_ranks: Path):
@@ -45,6 +50,28 @@ def test_an_override_of_a_typed_value_is_refused(path: str):
     with pytest.raises(ConfigError, match="belongs to the typed config") as caught:
         check(DeepSpeedConfig(overrides=node))
     assert caught.value.where == f"overrides.{path}" and OWNED[path] in str(caught.value.fix)
+
+
+def test_a_build_that_was_killed_stops_nobody(tmp_path: Path):
+    """What torch leaves behind when it is killed while it compiles."""
+    from llmscale.engine.deepspeed import build_communication
+
+    build_communication()
+    built = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    shutil.copytree(built, tmp_path / "built", symlinks=True)
+    (folder,) = tmp_path.glob("built/**/deepspeed_shm_comm")
+    (folder / "lock").touch()
+    code = "from llmscale.engine.deepspeed import build_communication; build_communication()"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=100, check=True, cwd=ROOT)
+    assert not (folder / "lock").exists() and (folder / "deepspeed_shm_comm.so").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_parameters"])
+def test_swapping_to_nvme_is_refused_with_the_reason(name: str):
+    with pytest.raises(ConfigError, match="no checkpoint of ours") as caught:
+        check(DeepSpeedConfig(zero_stage=3, **{name: Offload.nvme}))
+    assert caught.value.where == name
 
 
 @pytest.mark.parametrize("stage", [0, 4])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from llmscale.errors import ConfigError, DataError
 from llmscale.rewards.code import CodeReward, extract_code, split_tests
 from llmscale.rewards.config import CodeConfig
 from llmscale.rewards.inside.limits import Reason
+from llmscale.rl.admission import means_of_parts
 from tests.tiny import tokenizer, trajectory
 
 TESTS = ["assert f(1) == 2", "assert f(2) == 3", "assert f(5) == 6", "assert f(-1) == 0"]
@@ -50,16 +50,16 @@ def scored(request: pytest.FixtureRequest) -> Iterator[tuple[bool, CodeReward]]:
 def test_reward_and_reasons(scored: tuple[bool, CodeReward], caplog: pytest.LogCaptureFixture):
     partial, function = scored
     with caplog.at_level(logging.INFO):
-        assert [s.value for s in function(samples())] == [pair[partial] for pair in COMPLETIONS.values()]
+        scores = function(samples())
+    assert [s.value for s in scores] == [pair[partial] for pair in COMPLETIONS.values()]
     expected = {Reason.passed: 2, Reason.failed: 3, Reason.syntax: 1, Reason.timeout: 1, Reason.network: 1}
-    assert function.reasons == Counter(expected)
+    shares = {f"reward/code_{reason.name}": expected.get(reason, 0) / 8 for reason in Reason}
+    assert means_of_parts(scores) == shares
     assert [r.reason.name for r in function.results][-2:] == ["timeout", "network"]
     assert [r.getMessage() for r in caplog.records] == [
         "draw 6, sample 0: timeout: after 3 s",
         "draw 7, sample 0: network: socket of family 2",
     ]
-    function(samples()[:1])
-    assert function.reasons[Reason.passed] == 3  # of the whole run
     assert function([]) == []
 
 

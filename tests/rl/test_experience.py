@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from llmscale.batch import Trajectory
 from llmscale.errors import NumericsError
-from llmscale.rl.config import PolicyGradientConfig
+from llmscale.rl.config import Advantage, PolicyGradientConfig
 from llmscale.rl.experience import (
     Scored,
     build_experience,
     check_on_policy,
     explained_variance,
+    is_informative,
     minibatches,
+    overlong_penalty,
 )
 from llmscale.rl.policy_gradient import PolicyGradient
 from tests.tiny import trajectory
@@ -115,6 +119,25 @@ def test_samples_that_the_trainer_would_not_have_drawn_are_refused(trajectories,
     _, metrics = experience_of(PLAIN, trajectories, [0, 0, 0], old, zeros, zeros, KL_COEF)
     with pytest.raises(NumericsError):
         check_on_policy(metrics, 1e-4)
+
+
+def test_the_penalty_for_length_is_dapo_s_soft_punishment():
+    """Yu et al. 2025, eq. 13, with L_max 10 and L_cache 2: 0 up to 8 tokens, ((L_max - L_cache) - n) / L_cache, -1."""
+    expected = {1: 0.0, 8: 0.0, 9: (8 - 9) / 2, 10: -1.0}
+    for n, penalty in expected.items():
+        assert overlong_penalty(n, limit=10, share=0.2, penalty=1.0) == pytest.approx(penalty)
+    assert overlong_penalty(10, limit=10, share=0.2, penalty=0.5) == pytest.approx(-0.5)
+    assert overlong_penalty(10, limit=10, share=0.0, penalty=1.0) == 0.0
+
+
+def test_the_penalty_is_learned_from_and_makes_no_group_informative(trajectories):
+    long, short = (replace(t, draw_id=1) for t in trajectories[:2])
+    scored = [Scored(t, 1.0, None, *arrays([t], 1), None, None, penalty=p) for t, p in ((long, -0.5), (short, 0.0))]
+    assert not is_informative(scored)
+    grouped = PolicyGradient(PolicyGradientConfig(advantage=Advantage.leave_one_out, whiten_advantages=False), 8)
+    experience, metrics = build_experience(grouped, scored, kl_coef=0.0)
+    assert metrics["reward/mean"] == pytest.approx(0.75)
+    assert [e.advantages[e.loss_mask].tolist() for e in experience] == [[-0.5] * 3, [0.5] * 3]
 
 
 def test_minibatches_are_a_permutation_cut_in_parts():

@@ -19,24 +19,11 @@ from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.experience import Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rl.policy_gradient import PolicyGradient
-from tests.rl.settings import ALGORITHMS, algorithm
-from tests.tiny import VOCAB_SIZE, language_model, scalar_model
+from tests.rl.settings import ALGORITHMS, algorithm, experiences
+from tests.tiny import language_model, scalar_model
 
 TEMPERATURE = 0.7
 Objective = PolicyObjective | ValueObjective
-
-
-def experiences(lengths: Sequence[int], seed: int = 0) -> list[Experience]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for n in lengths:
-        mask = np.arange(n) >= n // 3
-        numbers = [np.where(mask, rng.normal(size=n), 0).astype(np.float32) for _ in range(5)]
-        for i in (0, 1):  # likely log-probabilities, of old policy and reference
-            numbers[i] = np.where(mask, numbers[i] * 0.3 - 4, 0).astype(np.float32)
-        importance = rng.uniform(0.5, 1.5, n).astype(np.float32)
-        made.append(Experience(rng.integers(0, VOCAB_SIZE, n), mask, *numbers, importance, kl_coef=0.3))
-    return made
 
 
 def policy_objective(entropy_coef: float = 0.0, **config: float) -> PolicyObjective:
