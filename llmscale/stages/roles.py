@@ -191,7 +191,12 @@ Compute = Callable[[Forward, Batch], dict[str, Tensor]]
 
 
 def logprobs_at(temperature: float) -> Compute:
-    return lambda forward, batch: {"out": forward.logprobs(batch, batch["loss_mask"], temperature)[0]}
+    def compute(forward: Forward, batch: Batch) -> dict[str, Tensor]:
+        # The rows of a rank that only takes part, because another has more micro-batches, come without a mask.
+        wanted = batch.tensors.get("loss_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+        return {"out": forward.logprobs(batch, wanted, temperature)[0]}
+
+    return compute
 
 
 def token_values(
