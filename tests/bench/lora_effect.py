@@ -17,11 +17,11 @@ from statistics import mean, stdev
 
 from tests.bench.grpo_effect import COMMAND, ROOT, run
 
-ADAPTER = COMMAND.replace("experiment=grpo", "experiment=lora")
+ADAPTER = "model.adapter=lora"
 RUNS = {  # name of the run -> column, command
     "full": ("every weight", COMMAND),
-    "same": ("LoRA, same settings", f"{ADAPTER} optim.lr=3e-4"),
-    "lora": ("`experiment=lora`", ADAPTER),
+    "same": (f"`{ADAPTER}`", f"{COMMAND} {ADAPTER}"),
+    "lora": ("`experiment=lora`", COMMAND.replace("experiment=grpo", "experiment=lora")),
 }
 Curves = dict[str, list[dict[int, float]]]  # name of the run -> of each seed, score by step
 
@@ -43,12 +43,13 @@ def report(curves: Curves, sizes: dict[str, str]) -> str:
         f"`python -m tests.bench.lora_effect` on {datetime.date.today()}; {os.cpu_count()} CPU cores, no GPU. GRPO on the",
         "demo's task with its rule as the reward, all from the same SFT model:",
         "",
-        *(f"    llmscale {command} run.seed=SEED    # {column}" for column, command in RUNS.values()),
+        f"    llmscale {COMMAND} run.seed=SEED",
         "",
-        "Percent of 256 held-out words that are sorted without a mistake, sampled at temperature 1: mean and standard",
-        f"deviation (ddof 1) over {len(curves['full'])} seeds. Step 0 is the SFT model, the control. A seed is the same",
-        "prompts and random numbers in every column. The second column differs from the first in the adapter alone; an",
-        "adapter takes a higher learning rate, and the third has that.",
+        f"as it is, with `{ADAPTER}` and nothing else changed, and with `experiment=lora` in place of",
+        "`experiment=grpo`, which is an adapter with the higher learning rate that it takes. Percent of 256 held-out words that",
+        "are sorted without a mistake, sampled at temperature 1: mean and standard deviation (ddof 1) over",
+        f"{len(curves['full'])} seeds. Step 0 is the SFT model, the control. A seed is the same prompts and random numbers in",
+        "every column.",
         "",
         "| step | " + " | ".join(column for column, _ in RUNS.values()) + " |",
         "|---|" + "---|" * len(RUNS),
