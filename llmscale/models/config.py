@@ -37,7 +37,7 @@ class LoraConfig(AdapterConfig):
 
     name: str = "lora"
     rank: int = 16  # columns of B and rows of A
-    alpha: int = 32  # another rank wants about the same learning rate while alpha / rank stays
+    alpha: int = 32  # scales the change by alpha / rank; twice the rank is usual
     # The last names of the linear layers that are adapted, such as [q_proj,v_proj]; none given: every one of the blocks
     target_modules: list[str] = field(default_factory=list)
 

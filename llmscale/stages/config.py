@@ -166,7 +166,7 @@ class RlhfConfig(TrainedConfig):
     on_nonfinite: OnNonfinite = OnNonfinite.stop  # a sample whose reward is NaN or infinite
     true_reward: RewardConfig | None = None  # only logged, as reward/true: what the reward stands for, where known
     rollout: RolloutConfig = MISSING
-    # merged, or adapter: less to send, and in bf16 no change is lost by rounding, but slower sampling
+    # To the rollouts: merged, or adapter: less to send, no small change rounded away in bf16, but slower sampling
     publish: Publish = Publish.merged
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
