@@ -103,40 +103,30 @@ def test_the_policy_without_its_adapter_says_what_a_reference_says(finished: Pat
     assert max(np.abs(a - b).max() for a, b in zip(own, now, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("stage", ["sft", "rlhf"])
-def test_a_killed_run_continues_as_if_nothing_had_happened(
-    finished: Path, chain: Path, tmp_path: Path, stage: str
-) -> None:
-    overrides = [
-        "model.adapter=lora",
-        f"model.path={chain}/demo/pretrain",
-        "training.num_steps=20",
-        "optim.ema_decay=0.9",
-    ]
-    argv = arguments("sft", tmp_path, *overrides) if stage == "sft" else rlhf(tmp_path, chain)
-    run_dir = tmp_path / "demo" / stage
+def test_a_killed_run_continues_as_if_nothing_had_happened(finished: Path, chain: Path, tmp_path: Path) -> None:
+    argv = rlhf(tmp_path, chain)
+    run_dir = tmp_path / "demo" / "rlhf"
     kill_when((run_dir / "checkpoints" / "step-000002").exists, argv, tmp_path / "log")
     assert not (run_dir / "result.json").exists()
     succeed(argv, tmp_path / "log")
-    whole = finished
-    if stage == "sft":
-        whole = tmp_path / "whole" / "demo" / "sft"
-        succeed(arguments("sft", tmp_path / "whole", *overrides), tmp_path / "log")
-    assert weights(run_dir) == weights(whole)
-    one, other = (without_times(records(d / "metrics.jsonl")) for d in (run_dir, whole))
+    assert weights(run_dir) == weights(finished)
+    one, other = (without_times(records(d / "metrics.jsonl")) for d in (run_dir, finished))
     assert one == other
-    same_adapter(run_dir, whole)
-    base = load(run_dir / "config.yaml").model.path
-    start = AutoModelForCausalLM.from_pretrained(f"{base}/hf")
-    both = peft.PeftModel.from_pretrained(start, run_dir / "adapter")
-    merged = AutoModelForCausalLM.from_pretrained(run_dir / "hf")
-    ids = torch.arange(3, 40)[None]
-    assert (both(ids).logits - merged(ids).logits).abs().max() < 1e-4
-
-
-def same_adapter(one: Path, other: Path) -> None:
-    first, second = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (one, other))
+    first, second = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (run_dir, finished))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sft_leaves_one_model_and_an_adapter_that_peft_loads(chain: Path, tmp_path: Path) -> None:
+    base = chain / "demo" / "pretrain"
+    overrides = ["model.adapter=lora", f"model.path={base}", "optim.lr=0.01", "optim.ema_decay=0.9"]
+    succeed(arguments("sft", tmp_path, *overrides), tmp_path / "log")
+    run_dir, ids = tmp_path / "demo" / "sft", torch.arange(3, 40)[None]
+    start, merged = (AutoModelForCausalLM.from_pretrained(d / "hf") for d in (base, run_dir))
+    before = start(ids).logits
+    both = peft.PeftModel.from_pretrained(start, run_dir / "adapter")(ids).logits
+    assert (both - merged(ids).logits).abs().max() < 1e-4 < 1e-2 < (both - before).abs().max()
+    argv = ["generate", f"model.path={run_dir}", "prompt=sort jabba", "rollout.max_new_tokens=4"]
+    assert succeed(argv, tmp_path / "said")
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_is_exported_as_the_run_wrote_it(
