@@ -104,8 +104,9 @@ class TrainEngine(Protocol):
         """Run `compute` without gradient on each micro-batch; results on the CPU."""
         ...
 
-    def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """Collective: every rank exhausts it, rank 0 receives the weights, one bucket at a time; a tied weight once."""
+    def full_parameters(self, bucket_bytes: int, trained_only: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Collective: every rank exhausts it, rank 0 receives the weights, one bucket at a time; a tied weight once. Of an
+        adapted model these are base and adapter as they are, side by side; `llmscale.models.adapters.merged` joins them."""
         ...
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -118,7 +119,11 @@ class TrainEngine(Protocol):
         ...
 
     def export(self, directory: Path, tokenizer: Any) -> None:
-        """Collective: write the model as Hugging Face safetensors (rank 0 writes)."""
+        """Collective: write the model as Hugging Face safetensors (rank 0 writes); an adapter is merged into its base."""
+        ...
+
+    def export_adapter(self, directory: Path) -> None:
+        """Collective: write the adapter of an adapted model alone, in PEFT's format."""
         ...
 
 

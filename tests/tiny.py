@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from llmscale.batch import Prompt, TokenExample, Trajectory
 from llmscale.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from llmscale.models.adapters import adapted
+from llmscale.models.config import LoraConfig
 from llmscale.models.loading import LanguageModel, ScalarModel
 from llmscale.models.weights import pack
 from llmscale.protocols import WeightBucket
@@ -46,6 +48,16 @@ def language_model(
     seed: int = 0, *, vocab_size: int = VOCAB_SIZE, tie: bool = True, max_position: int = 64
 ) -> LanguageModel:
     return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM))
+
+
+def adapted_model(seed: int = 0, *, rank: int = 4, base: LanguageModel | None = None) -> LanguageModel:
+    """The same base whatever the seed, with an adapter that says something: its B is not 0."""
+    model = adapted(base or language_model(), LoraConfig(rank=rank, alpha=2 * rank), seed)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def scalar_model(seed: int = 0, *, vocab_size: int = VOCAB_SIZE) -> ScalarModel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmscale.errors import CheckpointError
-from llmscale.protocols import Stateful
+from llmscale.protocols import State, Stateful
 
 FILE = "state.pt"
 
@@ -47,16 +47,7 @@ class RunState:
 
         Raises: CheckpointError, before any component has changed, when the file holds other components than these.
         """
-        file = path / FILE
-        try:
-            states = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise CheckpointError(
-                f"the run state cannot be read: {reason}",
-                where=str(file),
-                fix="Resume from another checkpoint.",
-            ) from error
+        states = read_states(path)
         missing = sorted(self._components.keys() - states.keys())
         unknown = sorted(states.keys() - self._components.keys())
         if missing or unknown:
@@ -64,11 +55,29 @@ class RunState:
             problems += [f"it has state of {name}, which this run lacks" for name in unknown]
             raise CheckpointError(
                 f"the run state does not fit this run: {'; '.join(problems)}",
-                where=str(file),
+                where=str(path / FILE),
                 fix="Resume with the config and the version that wrote it.",
             )
         for name, component in self._components.items():
             component.load_state_dict(states[name])
+
+
+def read_states(path: Path) -> dict[str, State]:
+    """The state of each component in `path`/state.pt, tensors on the CPU.
+
+    Raises: CheckpointError when the file cannot be read.
+    """
+    file = path / FILE
+    try:
+        states: dict[str, State] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(
+            f"the run state cannot be read: {reason}",
+            where=str(file),
+            fix="Resume from another checkpoint.",
+        ) from error
+    return states
 
 
 def _check(value: Any, where: str) -> None:

@@ -4,7 +4,7 @@ one (numpy arrays there are shared memory, read without a copy) and by hand in o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmscale.protocols import WeightBucket
 BUCKET_BYTES = 256 << 20  # of gathered weights held at once
 
 
-def send(buckets: Iterable[dict[str, Tensor]], dtype: torch.dtype) -> list[Any]:
+def send(buckets: Iterable[Mapping[str, Tensor]], dtype: torch.dtype) -> list[Any]:
     """Put each gathered bucket where receivers find it; returns handles (none on ranks that receive nothing)."""
     return [_put(pack(bucket, dtype)) for bucket in buckets if bucket]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from llmscale import distributed
 from llmscale.batch import Batch, token_tensors
 from llmscale.errors import NumericsError
+from llmscale.models.adapters import layer_of
 from llmscale.protocols import LossSums
 
 DIVERGED = "Lower it, or look at the data."
@@ -88,20 +90,26 @@ def require_finite(metrics: Mapping[str, float]) -> bool:
     return True
 
 
-def parameter_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[dict[str, nn.Parameter]]:
-    """Named weights in groups of at most `bucket_bytes` (or one weight); a tied weight appears once.
-
-    Under ZeRO-3 a parameter's own storage is empty; `ds_numel` is its full size.
-    """
+def parameter_buckets(
+    model: nn.Module, bucket_bytes: int, trained_only: bool = False
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Named weights in groups of at most `bucket_bytes` (or one weight, with what an adapter adds to it); a tied weight
+    appears once."""
     bucket: dict[str, nn.Parameter] = {}
     size = 0
-    for name, parameter in model.named_parameters():
-        numel = int(getattr(parameter, "ds_numel", parameter.numel()))
-        num_bytes = numel * parameter.element_size()
+    wanted = [pair for pair in model.named_parameters() if pair[1].requires_grad or not trained_only]
+    for _, layer in groupby(wanted, key=lambda pair: layer_of(pair[0])):
+        together = dict(layer)
+        num_bytes = sum(_whole_numel(p) * p.element_size() for p in together.values())
         if bucket and size + num_bytes > bucket_bytes:
             yield bucket
             bucket, size = {}, 0
-        bucket[name] = parameter
+        bucket |= together
         size += num_bytes
     if bucket:
         yield bucket
+
+
+def _whole_numel(parameter: nn.Parameter) -> int:
+    """Under ZeRO-3 a parameter's own storage is empty; `ds_numel` is its full size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

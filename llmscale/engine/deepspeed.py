@@ -43,8 +43,8 @@ from llmscale.engine.gate import Gate
 from llmscale.engine.scatter import scatter
 from llmscale.engine.sequence_parallel import SequenceParallel
 from llmscale.errors import ConfigError
-from llmscale.models.export import SHARD_BYTES, save_hf
-from llmscale.models.loading import Model
+from llmscale.models.export import SHARD_BYTES, save_adapter, save_hf
+from llmscale.models.loading import Model, num_parameters
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
@@ -60,7 +60,7 @@ class DeepSpeedEngine(FrozenEngine):
     @distributed.limited_groups()
     def __init__(self, config: DeepSpeedConfig, model: Model, optim: OptimConfig, total_steps: int):
         _join_group(distributed.device())
-        self.settings = deepspeed_json(config, optim, sum(p.numel() for p in model.parameters()))
+        self.settings = deepspeed_json(config, optim, num_parameters(model, trained_only=True))
         super().__init__(config, model)
         self.optim, self.total_steps, self.zero_stage = optim, total_steps, config.zero_stage
         if config.activation_checkpointing:
@@ -127,8 +127,8 @@ class DeepSpeedEngine(FrozenEngine):
     def averaged(self) -> AbstractContextManager[None]:
         return self.average.swapped_in()
 
-    def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-        for bucket in parameter_buckets(self.model, bucket_bytes // self.tensor_parallel_size):
+    def full_parameters(self, bucket_bytes: int, trained_only: bool = False) -> Iterator[dict[str, Tensor]]:
+        for bucket in parameter_buckets(self.model, bucket_bytes // self.tensor_parallel_size, trained_only):
             sharded = self.zero_stage == 3
             gathered = deepspeed.zero.GatheredParameters(list(bucket.values())) if sharded else nullcontext()
             with gathered:
@@ -145,11 +145,17 @@ class DeepSpeedEngine(FrozenEngine):
         partitions.weights_follow(self.optimizer, self.zero_stage)
 
     def export(self, directory: Path, tokenizer) -> None:
+        self._write(partial(save_hf, self.model, tokenizer, directory))
+
+    def export_adapter(self, directory: Path) -> None:
+        self._write(partial(save_adapter, self.model, directory), trained_only=True)
+
+    def _write(self, save: Callable[[Iterator[dict[str, Tensor]]], None], trained_only: bool = False) -> None:
         with self.averaged():
-            buckets = self.full_parameters(SHARD_BYTES)
+            buckets = self.full_parameters(SHARD_BYTES, trained_only)
             try:
                 if distributed.rank() == 0:
-                    save_hf(self.model, tokenizer, directory, buckets)
+                    save(buckets)
             finally:
                 deque(buckets, maxlen=0)  # the others wait for rank 0 in each bucket, whatever happened to it
 

@@ -24,14 +24,17 @@ Weights = Mapping[str, Callable[[], Tensor]]  # name -> reads it
 def saved_buckets(directory: Path, model: nn.Module, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
     """The fp32 weights that `snapshot` of any engine wrote, their average where one was kept, named as in `model`, in
     buckets of at most `bucket_bytes` (or one weight). Of `model` only names and shapes count: it may be on the meta
-    device. The caller has verified the files.
+    device. Frozen weights are not in the files: they are those of `model`. The caller has verified the files.
 
     Raises: CheckpointError when they are of another model.
     """
     with ExitStack() as opened:
         weights = _open(directory, opened)
         for bucket in parameter_buckets(model, bucket_bytes):
-            read = {name: _read(weights, name, parameter, directory) for name, parameter in bucket.items()}
+            read = {
+                name: _read(weights, name, parameter, directory) if parameter.requires_grad else parameter.detach()
+                for name, parameter in bucket.items()
+            }
             yield read
             del read  # before the next one is read
 

@@ -24,7 +24,7 @@ from llmscale.engine.averaging import WeightAverage
 from llmscale.engine.config import SingleConfig
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.errors import ConfigError
-from llmscale.models.export import SHARD_BYTES, save_hf
+from llmscale.models.export import SHARD_BYTES, save_adapter, save_hf
 from llmscale.models.loading import Model
 from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
@@ -80,8 +80,8 @@ class SingleEngine(FrozenEngine):
     def averaged(self) -> AbstractContextManager[None]:
         return self.average.swapped_in()
 
-    def full_parameters(self, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-        for bucket in parameter_buckets(self.model, bucket_bytes):
+    def full_parameters(self, bucket_bytes: int, trained_only: bool = False) -> Iterator[dict[str, Tensor]]:
+        for bucket in parameter_buckets(self.model, bucket_bytes, trained_only):
             yield {name: parameter.detach() for name, parameter in bucket.items()}
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -95,6 +95,10 @@ class SingleEngine(FrozenEngine):
     def export(self, directory: Path, tokenizer) -> None:
         with self.averaged():
             save_hf(self.model, tokenizer, directory, self.full_parameters(SHARD_BYTES))
+
+    def export_adapter(self, directory: Path) -> None:
+        with self.averaged():
+            save_adapter(self.model, directory, self.full_parameters(SHARD_BYTES, trained_only=True))
 
     def _pieces(self) -> list[state.Piece]:
         return [

@@ -1,4 +1,4 @@
-"""Which model: one by path, or a new one by size."""
+"""Which model: one by path, or a new one by size; and what is trained of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from llmscale.config import Problem, at_least
+from omegaconf import MISSING
+
+from llmscale.config import Problem, at_least, option
 
 
 class Attention(Enum):
@@ -17,6 +19,30 @@ class Attention(Enum):
     eager = "eager"  # plain matrix products
     sdpa = "sdpa"  # torch's scaled_dot_product_attention
     flash = "flash"  # flash-attn; CUDA and bf16 only
+
+
+@dataclass
+class AdapterConfig:
+    """A few trained weights in a model whose own stay as they are."""
+
+    name: str = MISSING
+
+
+@option("adapter", "lora", builds="llmscale.models.adapters:Lora")
+@dataclass
+class LoraConfig(AdapterConfig):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1): a matrix W acts as W + alpha / rank * B A, and only B and A are
+    trained. B starts at 0, so that the adapted model starts as the model itself. There is no dropout: with it a policy would
+    not be the one that sampled."""
+
+    name: str = "lora"
+    rank: int = 16  # columns of B and rows of A
+    alpha: int = 32  # scales the change by alpha / rank; twice the rank is usual
+    # The last names of the linear layers that are adapted, such as [q_proj,v_proj]; none given: every one of the blocks
+    target_modules: list[str] = field(default_factory=list)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, rank=1, alpha=1)
 
 
 MIN_VOCAB_SIZE = 261  # of a tokenizer that we train: see llmscale.data.tokenizer
@@ -39,6 +65,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix for input and output embeddings
     dropout: float = 0.0  # 0..1; anything above 0 breaks ratio = 1 in RLHF and equality over batch splits
     overrides: dict[str, Any] = field(default_factory=dict)  # further fields of the transformers config
+    adapter: AdapterConfig | None = None  # what is trained instead of the model's own weights; null: those themselves
 
     def problems(self) -> Iterator[Problem]:
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -47,6 +74,9 @@ class ModelConfig:
             yield "dropout", f"must be below 1, is {self.dropout}", "0.1 drops a tenth."
         if self.path is not None:
             return
+        if self.adapter is not None:
+            what = "a new model has learned nothing yet that an adapter could start from"
+            yield "adapter", what, "Set model.path, or leave it out."
         if self.tokenizer is None and self.vocab_size < MIN_VOCAB_SIZE:
             what = f"must be at least {MIN_VOCAB_SIZE} (256 bytes and 5 special tokens), is {self.vocab_size}"
             yield "vocab_size", what, f"{MIN_VOCAB_SIZE} gives a tokenizer of plain bytes."

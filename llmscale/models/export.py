@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llmscale.errors import NumericsError
+from llmscale.models.adapters import NAME, base_name, merged
 from llmscale.models.loading import Model
 
 SHARD_BYTES = 2 << 30  # of one file, and so of the weights that an export holds at a time
@@ -23,11 +24,11 @@ def save_hf(
     model: Model, tokenizer: PreTrainedTokenizerFast, directory: Path, buckets: Iterable[Mapping[str, Tensor]]
 ) -> None:
     """Write a folder that transformers, vLLM and PEFT load as it is. Each of `buckets` becomes a file as it comes; the
-    weights are named as in `model`, whose own values do not matter, a tied one once.
+    weights are named as in `model`, whose own values do not matter, a tied one once. An adapter is merged into its base.
 
     Raises: NumericsError when a weight is not finite.
     """
-    hf = model.hf
+    hf, buckets = model.hf, merged(model, buckets)
     directory.mkdir(parents=True, exist_ok=True)
     if _is_converted(model):
         # transformers holds these weights fused or under other names than its files do (most mixtures of experts), and a
@@ -42,6 +43,20 @@ def save_hf(
         if hf.can_generate():
             hf.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def save_adapter(model: Model, directory: Path, buckets: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads on the base; `buckets` hold what is trained.
+
+    Raises: NumericsError when a weight is not finite.
+    """
+    assert model.adapter is not None
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {n: v.to("cpu", copy=True) for bucket in buckets for n, v in _checked(bucket).items()}
+    # PEFT's own name of the adapter is not in its files, and its model wraps that of transformers twice.
+    named = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": value for name, value in weights.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.adapter.save_config(directory)
 
 
 def persistent_buffers(model: Model) -> dict[str, Tensor]:
@@ -88,6 +103,7 @@ def _checked(bucket: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_converted(model: Model) -> bool:
     """Whether transformers would write other names or shapes than the model holds."""
-    shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in model.hf.named_parameters()}  # of ZeRO-3
+    named = [(base_name(name), getattr(p, "ds_shape", p.shape)) for name, p in model.hf.named_parameters()]  # of ZeRO-3
+    shapes = {name: torch.Size(shape) for name, shape in named if name is not None}
     written = revert_weight_conversion(model.hf, {name: torch.empty(s, device="meta") for name, s in shapes.items()})
     return {name: value.shape for name, value in written.items()} != shapes

@@ -25,13 +25,15 @@ PEAK_TFLOPS = {
 def flops_per_token(model: Model, seq_len: int) -> float:
     """Of a forward and backward: 6 N + 12 L d S (Chowdhery et al. 2022, appendix B), N the weights without the input
     embeddings (a tied matrix counts once, as the output layer that multiplies), L layers, d hidden size, S tokens of a
-    sequence. What activation checkpointing computes twice is not counted."""
+    sequence. A frozen weight counts 4, for its own gradient is not computed. What activation checkpointing computes twice
+    is not counted."""
     config = model.hf.config.get_text_config()
     embedding = model.hf.get_input_embeddings().weight
     head = model.hf.get_output_embeddings() if hasattr(model.hf, "lm_head") else None
     tied = head is not None and head.weight is embedding
-    multiplied = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.numel())
-    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
+    multiplied = [p for p in model.parameters() if tied or p is not embedding]
+    products = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in multiplied)
+    return products + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
 
 
 def peak_flops(device: torch.device, bf16: bool) -> tuple[float, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -31,12 +31,17 @@ from llmscale.errors import ModelError
 from llmscale.models.config import ModelConfig
 from llmscale.models.head import has_plain_head, install_token_head, score_logits, scored
 
+if TYPE_CHECKING:
+    from llmscale.models.adapters import Lora
+
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
 
 class LanguageModel(nn.Module):
     """A Hugging Face decoder as a function of token ids and positions."""
+
+    adapter: Lora | None = None  # what is trained of it, where that is not the model itself
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
@@ -77,6 +82,8 @@ class ScalarModel(nn.Module):
     Scores are standardised by the mean and deviation that the reward stage measured and noted in the model's config (0
     and 1 before that): only their differences mean something, and RLHF wants rewards, and a critic, of a known scale.
     """
+
+    adapter: Lora | None = None
 
     def __init__(self, hf: PreTrainedModel):
         super().__init__()
@@ -196,6 +203,11 @@ def cast_parameters(model: Model, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def num_parameters(model: Model, trained_only: bool = False) -> int:
+    """Weights of the model and its adapter, a tied one once; or those of them that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
 def has_scalar_head(path: str) -> bool:
     """Whether the saved model is a reward model (a sequence classifier) rather than a language model."""
     architectures = _read_config(path).architectures or []
@@ -234,6 +246,11 @@ def context_length(model: Model) -> int:
 def saved_context_length(path: str) -> int:
     """The same, read from the config alone."""
     return _context_length(_read_config(path))
+
+
+def hub_commit(path: str) -> str:
+    """Which version of a model of the hub is here."""
+    return str(_read_config(path)._commit_hash)
 
 
 def _context_length(config: PretrainedConfig) -> int:

@@ -32,11 +32,12 @@ def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
 
 
 def load_buckets(model: nn.Module, buckets: list[WeightBucket], source: str) -> None:
-    """Copy published weights into `model`, then check that it holds exactly what was published.
+    """Copy published weights into `model`, then check that it holds exactly what was published: all of its own, or those of
+    its adapter alone.
 
     Raises: WeightMismatchError naming `source` when a weight is missing or unknown, or its shape or bits differ.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sent = [name for bucket in buckets for name in bucket.arrays]
     if sorted(sent) != sorted(parameters):
         odd = sorted(set(sent) ^ set(parameters))

@@ -213,7 +213,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _write_model(run_dir: Path, checkpoint: Checkpoint, out: Path) -> None:
+    from llmscale.checkpoint.run_state import read_states
     from llmscale.engine.saved import saved_buckets
+    from llmscale.models.adapters import FrozenBase
     from llmscale.models.export import SHARD_BYTES, save_hf
     from llmscale.models.loading import load_tokenizer
     from llmscale.objectives.config import JUDGES
@@ -227,6 +229,8 @@ def _write_model(run_dir: Path, checkpoint: Checkpoint, out: Path) -> None:
         model.hf.config.judges = JUDGES[config.objective.reads]
         if model.hf.config.judges == "completions":
             print("note: the scores are not standardised; a run that finishes measures their scale", file=sys.stderr)
+    if model.adapter is not None:
+        FrozenBase(str(config.model.path)).load_state_dict(read_states(checkpoint.path)["base"])
     source = checkpoint.path / "policy" if config.stage == "rlhf" else checkpoint.path
     buckets = saved_buckets(source, model, SHARD_BYTES)
     try:
@@ -245,7 +249,9 @@ def _config(file: Path) -> Any:
 
 
 def _without_weights(config: Any, path: str | None, tokenizer: Any) -> Model:
-    """The run's model as far as an export needs it; values only of what is no parameter."""
+    """The run's model as far as an export needs it: with values of what no checkpoint holds, which is what is no parameter,
+    and the base of an adapter."""
+    from llmscale.models.adapters import adapted
     from llmscale.models.export import persistent_buffers
     from llmscale.models.loading import load_language_model, load_scalar_model, new_language_model
 
@@ -255,6 +261,9 @@ def _without_weights(config: Any, path: str | None, tokenizer: Any) -> Model:
         load_model = load_scalar_model if config.stage == "reward" else load_language_model
         return load_model(path, config.model.dropout, empty=empty)
 
+    if config.model.adapter is not None:
+        base = load_language_model(str(config.model.path), config.model.dropout)
+        return adapted(base, config.model.adapter, config.run.seed)
     found = model(empty=True)
     return model(empty=False) if persistent_buffers(found) else found
 

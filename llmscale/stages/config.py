@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from llmscale.cluster.config import ClusterConfig
 from llmscale.config import STAGE, Problem, at_least, option
 from llmscale.data.config import DataConfig
-from llmscale.engine.config import EngineConfig, Precision
+from llmscale.engine.config import DeepSpeedConfig, EngineConfig, Precision
 from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
@@ -72,6 +72,10 @@ class TrainedConfig(StageConfig):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from unfit_optimizer(self.engine, self.optim, "optim")
+        sharded = isinstance(self.engine, DeepSpeedConfig) and self.engine.tensor_parallel_size > 1
+        if sharded and self.model.adapter is not None:
+            what = "AutoTP cuts no matrix that has an adapter"
+            yield "engine.tensor_parallel_size", what, "Leave it at 1, or train the whole model."
 
 
 @dataclass
@@ -90,6 +94,9 @@ class SupervisedConfig(TrainedConfig):
                 f"{self.objective.name} learns from {self.objective.reads}, {self.stage} gives it {' or '.join(gives)}"
             )
             yield "objective", what, "Leave it out: the stage chooses the right one."
+        if self.stage == "reward" and self.model.adapter is not None:
+            what = "reward trains a new scalar head, which no adapter holds"
+            yield "model.adapter", what, "Leave it out: the whole model is trained."
         if self.stage != "pretrain" and self.model.path is None:
             yield "model.path", f"{self.stage} starts from a model", "Name a run directory, a folder or a hub name."
 
@@ -134,6 +141,13 @@ class CriticConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
+class Publish(Enum):
+    """What the rollout workers get after an update."""
+
+    merged = "merged"  # every weight, an adapter merged into its base
+    adapter = "adapter"  # the adapter alone; they hold the base themselves
+
+
 class OnNonfinite(Enum):
     """What happens to a sample whose reward is NaN or infinite."""
 
@@ -152,6 +166,8 @@ class RlhfConfig(TrainedConfig):
     on_nonfinite: OnNonfinite = OnNonfinite.stop  # a sample whose reward is NaN or infinite
     true_reward: RewardConfig | None = None  # only logged, as reward/true: what the reward stands for, where known
     rollout: RolloutConfig = MISSING
+    # To the rollouts: merged, or adapter: less to send, no small change rounded away in bf16, but slower sampling
+    publish: Publish = Publish.merged
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
 
@@ -166,8 +182,13 @@ class RlhfConfig(TrainedConfig):
     def roles(self) -> list[str]:
         """The pools that this run needs."""
         critic = ["critic"] if self.algorithm.needs_critic else []
-        reference = ["reference"] if self.algorithm.needs_reference else []
+        reference = ["reference"] if self.algorithm.needs_reference and not self.reference_is_base else []
         return ["policy", *critic, *reference, "reward", "rollout"]
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the policy's workers answer for the reference too: without its adapter the policy is what it started as."""
+        return self.algorithm.needs_reference and self.model.adapter is not None
 
     @property
     def group_size(self) -> int:
@@ -184,6 +205,8 @@ class RlhfConfig(TrainedConfig):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from unfit_optimizer(self.engine, self.critic.optim, "critic.optim")
+        if self.publish is Publish.adapter and self.model.adapter is None:
+            yield "publish", "there is no adapter to publish", "Add model.adapter=lora, or leave it at merged."
         if self.engine.data_shard(1, 2) != (1, 2):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
@@ -275,6 +298,8 @@ class CollectConfig(StageConfig):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from at_least(self, num_samples=1, prompts_per_step=1)
+        if self.model.adapter is not None:
+            yield "model.adapter", "collect trains nothing", "Leave it out."
         yield from sampling_problems(self)
         if self.rollout.group_size is not None:
             yield "rollout.group_size", "collect has another name for it", "Set num_samples instead."

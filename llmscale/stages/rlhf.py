@@ -121,7 +121,7 @@ class Rlhf:
         out of the first list."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
         old_logprobs = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
-        ref_logprobs = self.view("reference", ReferenceRole.logprobs, trajectories)
+        ref_logprobs = self.reference(trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
         scores, true = self.rewards(trajectories, rewards.wait(), self.step + 1)
         kept = admitted(trajectories, scores, whole_draws=self.config.algorithm.needs_groups)
@@ -137,6 +137,12 @@ class Rlhf:
         true_reward = true.value if true is not None else None
         old, ref, values = views
         return Scored(trajectory, score.value, true_reward, old, ref, values, score.parts, score.why, penalty)
+
+    def reference(self, trajectories: Sequence[Trajectory]) -> Callable[[], list[Any]]:
+        """Begin to ask the reference, which of a policy with an adapter is the policy without it."""
+        if self.config.reference_is_base:
+            return self.pools["policy"].map(PolicyRole.ref_logprobs, trajectories).wait
+        return self.view("reference", ReferenceRole.logprobs, trajectories)
 
     def view(
         self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]

@@ -20,7 +20,8 @@ from llmscale.cluster.publish import VersionCounter
 from llmscale.config import to_dict
 from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, Requeue
-from llmscale.models.loading import load_tokenizer, saved_context_length
+from llmscale.models.adapters import FrozenBase, adapted
+from llmscale.models.loading import load_language_model, load_tokenizer, num_parameters, saved_context_length
 from llmscale.protocols import State, Tracker
 from llmscale.rewards.config import flattened
 from llmscale.rl.experience import Scored
@@ -47,6 +48,7 @@ class RlhfRun:
         self.config, self.directory = config, directory
         path = str(config.model.path)
         check_context(config, saved_context_length(path))
+        self.plan = plan(config)
         self.prompts = load_prompts(config.data, load_tokenizer(path), config.rollout.max_new_tokens)
         check_columns(config, [*self.prompts.train, *self.prompts.validation])
         self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
@@ -62,7 +64,7 @@ class RlhfRun:
         with finishing(tracker):
             for broken in skipped:
                 tracker.event("checkpoint_skipped", **broken)
-            tracker.event("plan", **plan(self.config))
+            tracker.event("plan", **self.plan)
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
             verdict = self.look_for_overoptimisation()
@@ -84,6 +86,8 @@ class RlhfRun:
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         state.register("kl_coef", rlhf.kl_coef)
+        if self.config.model.adapter is not None:
+            state.register("base", FrozenBase(str(self.config.model.path)))
         if checkpoint is not None:
             self.restore(rlhf, state, checkpoint)
         else:
@@ -102,7 +106,7 @@ class RlhfRun:
                     self.save(rlhf, state)
                 if stop:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
-        pools["policy"].call(PolicyRole.export, str(self.directory.hf.resolve())).wait()
+        pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
 
     def look_for_overoptimisation(self) -> str | None:
         """One line, where there is a true score; the numbers are in an event and in overoptimisation.md."""
@@ -187,7 +191,11 @@ def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt])
 
 
 def plan(config: RlhfConfig) -> dict[str, Any]:
-    """The batch arithmetic, so that nobody has to guess."""
+    """The batch arithmetic and what is trained, so that nobody has to guess.
+
+    Raises: ModelError when the model cannot have the adapter that is configured.
+    """
+    policy = adapted(load_language_model(str(config.model.path), empty=True), config.model.adapter, config.run.seed)
     prompts, group = config.training.prompts_per_step, config.group_size
     minibatches_per_epoch = -(-prompts * group // config.algorithm.global_batch_size)
     return {
@@ -199,7 +207,9 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
         "optimizer_steps": config.training.num_steps * config.algorithm.num_epochs * minibatches_per_epoch,
         "micro_batch_size": config.engine.micro_batch_size,
         "workers": {name: getattr(config.cluster, name).num_workers for name in config.roles},
-    }
+        "parameters": num_parameters(policy),
+        "trained_parameters": num_parameters(policy, trained_only=True),
+    } | ({"reference": "the policy without its adapter"} if config.reference_is_base else {})
 
 
 def record_of(sample: Scored) -> dict[str, Any]:

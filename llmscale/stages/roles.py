@@ -15,14 +15,21 @@ from torch import Tensor
 import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
 from llmscale.batch import Batch, Layout, Trajectory
-from llmscale.checkpoint.durable import commit_directory, fsync_tree
+from llmscale.checkpoint.durable import fsync_tree
 from llmscale.cluster.publish import BUCKET_BYTES, receive, send
 from llmscale.config import build, load
 from llmscale.data.batching import TokenBudget
 from llmscale.data.chat import ChatRenderer
 from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
-from llmscale.models.loading import cast_parameters, load_language_model, load_scalar_model, load_tokenizer
+from llmscale.models.adapters import adapted, merged
+from llmscale.models.loading import (
+    LanguageModel,
+    cast_parameters,
+    load_language_model,
+    load_scalar_model,
+    load_tokenizer,
+)
 from llmscale.optim.config import OptimConfig
 from llmscale.protocols import Forward, Objective, RolloutEngine, SamplingRequest, Score, TrainEngine
 from llmscale.rewards.weighted import build_reward
@@ -30,12 +37,17 @@ from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rollout.beam import BeamSearch
 from llmscale.rollout.config import HFRolloutConfig
-from llmscale.stages.config import BeamConfig, CollectConfig, RlhfConfig, StageConfig
+from llmscale.stages.config import BeamConfig, CollectConfig, Publish, RlhfConfig, StageConfig
+from llmscale.stages.leaving import write_model
 
 
 def new_algorithm(config: RlhfConfig) -> Algorithm:
     algorithm: Algorithm = build(config.algorithm, config.rollout.max_new_tokens)
     return algorithm
+
+
+def load_policy(config: StageConfig, empty: bool = False) -> LanguageModel:
+    return adapted(load_language_model(str(config.model.path), empty=empty), config.model.adapter, config.run.seed)
 
 
 class TrainedRole:
@@ -65,12 +77,9 @@ class TrainedRole:
     def load(self, directory: str) -> None:
         self.engine.load(Path(directory))
 
-    def export(self, directory: str) -> None:
-        """Collective: write the model as a Hugging Face folder."""
-        if self.world.is_main:
-            commit_directory(Path(directory), lambda partial: self.engine.export(partial, self.tokenizer))
-        else:
-            self.engine.export(Path(directory), self.tokenizer)
+    def export(self, run_dir: str) -> None:
+        """Collective: write the model."""
+        write_model(self.engine, self.config, Path(run_dir), self.tokenizer)
 
     def _total_steps(self) -> int:
         training, algorithm = self.config.training, self.config.algorithm
@@ -88,8 +97,8 @@ class TrainedRole:
 class PolicyRole(TrainedRole):
     def __init__(self, config_file: str):
         super().__init__(config_file)
-        model = load_language_model(str(self.config.model.path), empty=self._empty)
-        self.engine = self._new_engine(model, self.config.optim)
+        self.model = load_policy(self.config, empty=self._empty)
+        self.engine = self._new_engine(self.model, self.config.optim)
         algorithm = new_algorithm(self.config)
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
         self.objective = PolicyObjective(algorithm, temperature, entropy_coef)
@@ -98,9 +107,17 @@ class PolicyRole(TrainedRole):
         """log p of each token under the policy as it is now, float32 [T] a trajectory."""
         return token_values(self.engine, trajectories, self.config, logprobs_at(self.config.rollout.temperature))
 
+    def ref_logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """The same under the base of an adapted policy, which is what it started as."""
+        assert self.model.adapter is not None
+        with self.model.adapter.off():
+            return self.logprobs(trajectories)
+
     def publish(self) -> list[Any]:
         """Collective: handles to the weights, in the precision that rollouts use."""
-        return send(self.engine.full_parameters(BUCKET_BYTES), torch_dtype(self.config))
+        adapter_alone = self.config.publish is Publish.adapter
+        buckets = self.engine.full_parameters(BUCKET_BYTES, trained_only=adapter_alone)
+        return send(buckets if adapter_alone else merged(self.model, buckets), torch_dtype(self.config))
 
 
 class CriticRole(TrainedRole):
@@ -152,7 +169,9 @@ class RolloutRole:
     def __init__(self, config_file: str):
         config: RlhfConfig | CollectConfig = load(Path(config_file))
         path = str(config.model.path)
-        model, tokenizer = load_language_model(path), load_tokenizer(path)
+        takes_adapter = isinstance(config, RlhfConfig) and config.publish is Publish.adapter
+        model = load_policy(config) if takes_adapter else load_language_model(path)
+        tokenizer = load_tokenizer(path)
         cast_parameters(model, torch_dtype(config))
         around = (model, tokenizer, config.run.seed, ChatRenderer(tokenizer).stop_ids)
         if isinstance(config, CollectConfig) and isinstance(config.method, BeamConfig):
@@ -177,7 +196,12 @@ Compute = Callable[[Forward, Batch], dict[str, Tensor]]
 
 
 def logprobs_at(temperature: float) -> Compute:
-    return lambda forward, batch: {"out": forward.logprobs(batch, batch["loss_mask"], temperature)[0]}
+    def compute(forward: Forward, batch: Batch) -> dict[str, Tensor]:
+        # The rows of a rank that only takes part, because another has more micro-batches, come without a mask.
+        wanted = batch.tensors.get("loss_mask", torch.zeros_like(batch["input_ids"], dtype=torch.bool))
+        return {"out": forward.logprobs(batch, wanted, temperature)[0]}
+
+    return compute
 
 
 def token_values(

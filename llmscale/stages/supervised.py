@@ -31,6 +31,7 @@ from llmscale.data.text import read_texts
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.engine.config import Precision
 from llmscale.errors import ConfigError, Requeue
+from llmscale.models.adapters import FrozenBase, adapted
 from llmscale.models.flops import flops_per_token, peak_flops
 from llmscale.models.loading import (
     Model,
@@ -40,11 +41,13 @@ from llmscale.models.loading import (
     load_scalar_model,
     load_tokenizer,
     new_language_model,
+    num_parameters,
 )
 from llmscale.phases import phase
 from llmscale.protocols import Tracker
 from llmscale.stages.appraisal import appraise, check_objective
 from llmscale.stages.config import SupervisedConfig, check_context
+from llmscale.stages.leaving import write_model
 from llmscale.tracking.composite import NullTracker, finishing, open_trackers
 from llmscale.tracking.jsonl import last_metrics
 from llmscale.training.guard import Guard
@@ -88,7 +91,8 @@ class SupervisedRun:
         if config.stage == "pretrain":
             check_isolation(model)
         check_context(config, context_length(model))
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.num_parameters = num_parameters(model)
+        self.num_trained = num_parameters(model, trained_only=True)
         self.flops_per_token = flops_per_token(model, round(self.split.train.lengths.mean()))
         self.peak, self.peak_source = peak_flops(distributed.device(), config.engine.precision is Precision.bf16)
         self.engine = build(config.engine, model, config.optim, self.num_steps)
@@ -106,6 +110,8 @@ class SupervisedRun:
         self.state = RunState()
         self.state.register("guard", self.guard)
         self.state.register("validation", self.validation)
+        if config.model.adapter is not None:
+            self.state.register("base", FrozenBase(str(config.model.path)))
 
     def say(self, what: str) -> None:
         """Progress before there is a tracker."""
@@ -188,6 +194,7 @@ class SupervisedRun:
             "optimizer_steps": self.num_steps,
             "epochs": round(self.num_steps * examples / len(self.split.train), 2),
             "parameters": self.num_parameters,
+            "trained_parameters": self.num_trained,
             "peak_tflops": round(self.peak / 1e12, 3),  # of one device, for perf/mfu
             "peak_from": self.peak_source,
         }
@@ -276,11 +283,7 @@ class SupervisedRun:
         if self.config.stage == "reward":
             with self.engine.averaged():
                 appraise(self)
-        hf = self.run_dir / "hf"
-        if self.world.is_main:
-            commit_directory(hf, lambda partial: self.engine.export(partial, self.tokenizer))
-        else:
-            self.engine.export(hf, self.tokenizer)
+        write_model(self.engine, self.config, self.run_dir, self.tokenizer)
 
     def open_tracker(self) -> Tracker:
         if not self.world.is_main:
@@ -316,4 +319,4 @@ def new_model(config: SupervisedConfig, tokenizer: Any) -> Model:
         return new_language_model(model, tokenizer, seed, empty=empty)
     if config.stage == "reward":
         return load_scalar_model(model.path, model.dropout, seed, empty=empty)
-    return load_language_model(model.path, model.dropout, empty=empty)
+    return adapted(load_language_model(model.path, model.dropout, empty=empty), model.adapter, seed)

@@ -24,12 +24,12 @@ SCORE = "eval/reward/mean"
 COMMAND = "rlhf experiment=grpo cluster=local engine=single tracking.wandb=disabled training.eval_every_steps=10"
 
 
-def run(seed: int, folder: Path) -> tuple[dict[int, float], float]:
+def run(command: str, name: str, seed: int, folder: Path) -> tuple[dict[int, float], float]:
     """Held-out score in percent by step, and the seconds that the command took."""
-    command = [sys.executable, "-m", "llmscale.cli", *COMMAND.split(), f"run.seed={seed}", f"run.name=grpo{seed}"]
+    argv = [sys.executable, "-m", "llmscale.cli", *command.split(), f"run.seed={seed}", f"run.name={name}{seed}"]
     started = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    records = read_jsonl(folder / "runs" / f"grpo{seed}" / "rlhf" / METRICS)
+    subprocess.run(argv, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    records = read_jsonl(folder / "runs" / f"{name}{seed}" / "rlhf" / METRICS)
     return {r["step"]: 100 * r[SCORE] for r in records if SCORE in r}, time.perf_counter() - started
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--folder", type=Path, default=ROOT)
     arguments = parser.parse_args()
-    found = {seed: run(seed, arguments.folder) for seed in arguments.seeds}
+    found = {seed: run(COMMAND, "grpo", seed, arguments.folder) for seed in arguments.seeds}
     curves, seconds = ({seed: pair[i] for seed, pair in found.items()} for i in (0, 1))
     (ROOT / "docs" / "grpo_effect.md").write_text(report(curves, seconds, os.cpu_count() or 1))
 

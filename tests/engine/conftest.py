@@ -142,6 +142,13 @@ def single(one_process: Path) -> Results:
     return Results(one_process / "single")
 
 
+@pytest.fixture(params=[*ONE_PROCESS, *(name for name, c in TWO_RANKS.items() if c.data_shard(1, 2) == (1, 2))])
+def adapting(request: pytest.FixtureRequest) -> Results:
+    """Of every engine that trains adapters."""
+    folder = request.getfixturevalue("two_ranks" if request.param in TWO_RANKS else "one_process")
+    return Results(folder / request.param)
+
+
 @pytest.fixture(params=[*ONE_PROCESS, *TWO_RANKS])
 def results(request: pytest.FixtureRequest) -> Results:
     """Of every engine in turn."""

@@ -33,7 +33,7 @@ from llmscale.optim.config import OptimConfig, Optimizer, Schedule
 from llmscale.protocols import Forward, LossSums, TrainEngine
 from llmscale.rl.objectives import PolicyObjective
 from tests.rl.settings import ALGORITHMS, algorithm, experiences
-from tests.tiny import language_model, packed, scalar_model, token_examples, tokenizer
+from tests.tiny import adapted_model, language_model, packed, scalar_model, token_examples, tokenizer
 
 BUCKET_BYTES = 5000
 scatter.BUCKET_BYTES = BUCKET_BYTES  # so that models as small as these come in several
@@ -80,6 +80,9 @@ SPLITS: dict[str, Split] = {
     "one_rank_has_all": one_rank_has_all,
     "the_last_rank_has_most": the_last_rank_has_most,
 }
+
+
+ADAPTER_SPLITS = ("whole", "packed", "the_last_rank_has_most")
 
 
 class Bench:
@@ -144,10 +147,17 @@ def batches_of(bench: Bench, step: int) -> list[Batch]:
     return language_batches(bench, "threes", token_examples(LENGTHS, seed=step % 4))
 
 
-def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **settings: Any) -> None:
+def train_and_resume(
+    bench: Bench,
+    name: str,
+    num_steps: int,
+    saved_at: int,
+    model: Callable[..., Model] = language_model,
+    **settings: Any,
+) -> None:
     checkpoint = bench.folder / f"checkpoint_{name}"
     checkpoint.mkdir(exist_ok=True)
-    engine, metrics = bench.engine(**settings), []
+    engine, metrics = bench.engine(model(), **settings), []
     for step in range(num_steps):
         metrics.append(engine.step(batches_of(bench, step), LANGUAGE))
         if engine.num_steps == saved_at:
@@ -160,7 +170,7 @@ def train_and_resume(bench: Bench, name: str, num_steps: int, saved_at: int, **s
     bench.keep(name, metrics, engine)
     look_at_average(bench, f"{name}_average", engine, batches_of(bench, 0))
     distributed.barrier()
-    resumed = bench.engine(language_model(seed=9), **settings)
+    resumed = bench.engine(model(seed=9), **settings)
     resumed.load(checkpoint)
     start = resumed.num_steps
     again = [resumed.step(batches_of(bench, step), LANGUAGE) for step in range(start, num_steps)]
@@ -240,6 +250,42 @@ def leaving(bench: Bench) -> None:
             ids = torch.cat([ids, output["next"]], 1)
         engine.export(bench.folder / f"hf_{tie}", tokenizer())
         bench.keep(f"said_{tie}", ids.tolist())
+
+
+def adapting(bench: Bench) -> None:
+    """An adapter alone is trained: the same seven documents split in some ways, and some steps with a checkpoint."""
+    for name in ADAPTER_SPLITS:
+        engine = bench.engine(adapted_model())
+        batches = language_batches(bench, name, token_examples(LENGTHS))
+        bench.keep(f"adapter_{name}", engine.step(batches, LANGUAGE), engine)
+    for precision in Precision:
+        settings = {"model": adapted_model, "optim": TRAIN, "precision": precision}
+        train_and_resume(bench, f"adapter_{precision.name}", *SHORT, **settings)
+    without_the_adapter(bench)
+
+
+def without_the_adapter(bench: Bench) -> None:
+    """What the engine says with the adapter off; then it trains on, against one that never was without; and what leaves."""
+    model, optim = adapted_model(), replace(TRAIN, ema_decay=0.0)  # else the average is exported
+    engine, straight = bench.engine(model, optim), bench.engine(adapted_model(), optim)
+    metrics = [engine.step(batches_of(bench, 0), LANGUAGE)]
+    batch = Batch(token_tensors([token_examples(LENGTHS)[0].token_ids]))
+    said = []
+    for switched in (model.adapter.off(), nullcontext()):
+        with switched:
+            (output,) = engine.forward([batch], lambda f, b: {"out": token_logprobs(f(b), b["input_ids"])})
+        said.append(output["out"][0].tolist())
+    metrics.append(engine.step(batches_of(bench, 1), LANGUAGE))
+    bench.keep("adapter_was_off", {"metrics": metrics, "off": said[0], "on": said[1]}, engine)
+    never = [straight.step(batches_of(bench, step), LANGUAGE) for step in range(2)]
+    bench.keep("adapter_never_off", {"metrics": never}, straight)
+    engine.export(bench.folder / "hf_adapter", tokenizer())
+    engine.export_adapter(bench.folder / "adapter")
+    packets = [pack(b, torch.float32) for b in engine.full_parameters(BUCKET_BYTES, trained_only=True) if b]
+    if distributed.rank() == 0:
+        receiver = adapted_model(seed=9)
+        load_buckets(receiver, packets, "the receiver")
+        save_file(dict(receiver.named_parameters()), bench.folder / "received_adapter.safetensors")
 
 
 def publish(bench: Bench, engine: TrainEngine, tie: bool) -> None:
@@ -322,6 +368,8 @@ def run_all(config: EngineConfig, folder: Path) -> None:
     bench = Bench(config, folder)
     for scenario in (one_step, training, looking, two_at_once, leaving, refusing, failing):
         scenario(bench)
+    if config.data_shard(1, 2) == (1, 2):  # no ranks share examples
+        adapting(bench)
 
 
 def run_some(config: EngineConfig, folder: Path) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmscale.functional import token_logprobs
 from tests.engine.conftest import RESHARDED, UNSHARDED, VARIANTS, Results
 from tests.engine.scenarios import (
+    ADAPTER_SPLITS,
     BUCKET_BYTES,
     LENGTHS,
     NUM_RESHARDED,
@@ -27,7 +29,7 @@ from tests.engine.scenarios import (
     SPLITS,
 )
 from tests.rl.settings import ALGORITHMS
-from tests.tiny import language_model, scalar_model, token_examples, tokenizer
+from tests.tiny import adapted_model, language_model, scalar_model, token_examples, tokenizer
 
 STEPS = [*SPLITS, "recomputed", "unclipped"]
 TRAININGS = ["fp32", "bf16", "lion"]
@@ -317,6 +319,69 @@ def test_an_export_loads_in_transformers_and_says_the_same(results: Results, tie
     for name, value in results.weights(f"published_{tie}").items():
         assert torch.equal(model.get_parameter(name.removeprefix("hf.")), value), name
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer().get_vocab()
+
+
+# ---------------------------------------------------------------- an adapter
+
+
+def split_up(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter's and the base's."""
+    own = {name: value for name, value in weights.items() if ".lora_" in name}
+    return own, {name: value for name, value in weights.items() if name not in own}
+
+
+@pytest.mark.parametrize("split", ADAPTER_SPLITS)
+def test_one_step_of_an_adapter_is_the_references_however_it_is_split(adapting: Results, single: Results, split: str):
+    expected = single.numbers("adapter_whole")
+    for rank in range(adapting.num_ranks):
+        for name, value in expected.items():
+            assert adapting.numbers(f"adapter_{split}", rank)[name] == pytest.approx(value, rel=1e-5), name
+    start = dict(adapted_model().named_parameters())
+    moves = []
+    for results, name in ((single, "adapter_whole"), (adapting, f"adapter_{split}")):
+        own, base = split_up(results.weights(name))
+        moves.append(flat({n: value - start[n].detach() for n, value in own.items()}))
+        assert_same(base, {n: start[n] for n in base})
+    assert_close(*moves, 1e-5)
+    assert moves[0].norm() > 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_adapter_resumes_from_a_checkpoint_without_the_base(adapting: Results, single: Results, precision: str):
+    name = f"adapter_{precision}"
+    resumed, metrics = adapting.numbers(f"{name}_resumed"), adapting.numbers(name)
+    assert resumed == {"start": SHORT[1], "metrics": metrics[SHORT[1] :]} and len(metrics) == SHORT[0]
+    assert_same(adapting.weights(name), adapting.weights(f"{name}_resumed"))
+    saved = {key.rpartition("|")[0] for key in whole_state(adapting.folder / f"checkpoint_{name}")}
+    assert saved == set(split_up(adapting.weights(name))[0])
+    for one, other in zip(single.numbers(name), metrics, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-4 if precision == "fp32" else 0.05)
+    assert metrics[-1]["loss"] != pytest.approx(metrics[0]["loss"], abs=1e-2)
+
+
+def test_without_its_adapter_the_model_is_the_base_and_then_trains_on(adapting: Results):
+    ids = torch.from_numpy(token_examples(LENGTHS)[0].token_ids)[None]
+    base = token_logprobs(language_model()(ids, torch.arange(ids.shape[1])[None]), ids)[0].tolist()
+    for rank in range(adapting.num_ranks):
+        told = adapting.numbers("adapter_was_off", rank)
+        assert told["off"] == pytest.approx(base, abs=1e-5) and told["on"] != pytest.approx(base, abs=1e-2)
+        assert told["metrics"] == adapting.numbers("adapter_never_off", rank)["metrics"]
+    assert_same(adapting.weights("adapter_was_off"), adapting.weights("adapter_never_off"))
+
+
+def test_what_leaves_is_the_adapter_alone_or_one_model_with_its_base(adapting: Results):
+    held = adapting.weights("adapter_was_off")
+    own, _ = split_up(held)
+    assert_same(adapting.weights("received_adapter"), held)
+    exported = load_file(adapting.folder / "adapter" / "adapter_model.safetensors")
+    inside = {n.replace("base_model.model.", "hf.").replace("weight", "default.weight"): v for n, v in exported.items()}
+    assert_same(inside, own)
+    whole, model = AutoModelForCausalLM.from_pretrained(adapting.folder / "hf_adapter"), adapted_model()
+    ids = torch.from_numpy(token_examples(LENGTHS)[2].token_ids)[None]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(held[name])
+        assert (whole(ids).logits - model(ids, torch.arange(ids.shape[1])[None])).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------- faults
