@@ -124,11 +124,12 @@ class TrainEngine(Protocol):
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """Sample one completion of a prompt. (draw_id, sample_index) keys its randomness."""
+    """Sample one completion of a prompt. (draw_id, sample_index, turn) keys its randomness."""
 
     prompt: Prompt
     draw_id: int
     sample_index: int
+    turn: int = 0  # of the policy's in this sample; the prompt then ends with the observation that it answers
 
 
 class RolloutEngine(Protocol):

@@ -34,7 +34,9 @@ _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters; content that has t
 _PLACEHOLDER = rf"{_OPEN}\d+{_CLOSE}"
 
 
-Message = dict[str, str]  # `role`, one of ROLES, and `content`
+Message = dict[str, str]  # `role`, one of ROLES or another that the template knows, and `content`
+
+CUT = " [cut]"  # stands at the end of an observation that was too long
 
 
 class Piece(NamedTuple):
@@ -121,6 +123,30 @@ class ChatRenderer:
             rest = _continued(done, self._text(messages, generation_prompt))
             pieces += _separated(rest, held_back, is_target=False)
         return pieces
+
+    def render_observation(
+        self, messages: Sequence[Mapping[str, str]], text: str, *, role: str, max_tokens: int
+    ) -> tuple[Message, np.ndarray]:
+        """What follows a conversation that ends with the assistant's turn, when `role` says `text` and the assistant is to go
+        on: the message, and its token ids to append, int64 [T]. They begin with what the template puts after the token that
+        ended the turn, and end where the assistant begins to write: the tokens that `render` has between the two turns.
+
+        Of the text `max_tokens` tokens are kept and `CUT` says so. What the assistant wrote plays no part, so no template can
+        change it afterwards. Raises: as `pieces`, and DataError for a template that does not know the role.
+        """
+        message = Message(role=role, content=self._shortened(text, max_tokens))
+        # As content of the assistant's, a word that no template reads anything into.
+        said = [Message(role=m["role"], content="-" if m["role"] == "assistant" else m["content"]) for m in messages]
+        pieces = self.pieces([*said, message], generation_prompt=True)
+        last_target = max(i for i, piece in enumerate(pieces) if piece.is_target)
+        return message, tokenized(self.tokenizer, [pieces[last_target + 1 :]])[0].token_ids
+
+    def _shortened(self, text: str, max_tokens: int) -> str:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        offsets = backend.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]] + CUT
 
     def decode(self, token_ids: np.ndarray | list[int]) -> str:
         """Text without special tokens."""

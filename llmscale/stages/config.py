@@ -19,7 +19,7 @@ from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
 from llmscale.rewards.config import LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
-from llmscale.rollout.config import RolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, RolloutConfig
 from llmscale.tracking.config import TrackingConfig
 from llmscale.training.config import TrainingConfig
 
@@ -152,6 +152,7 @@ class RlhfConfig(TrainedConfig):
     on_nonfinite: OnNonfinite = OnNonfinite.stop  # a sample whose reward is NaN or infinite
     true_reward: RewardConfig | None = None  # only logged, as reward/true: what the reward stands for, where known
     rollout: RolloutConfig = MISSING
+    environment: EnvironmentConfig | None = None  # what answers the policy between its turns; None: it has one turn
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
 
@@ -175,6 +176,11 @@ class RlhfConfig(TrainedConfig):
         return self.rollout.group_size or (8 if self.algorithm.needs_groups else 1)
 
     @property
+    def max_completion_tokens(self) -> int:
+        """That the policy can write in one sample."""
+        return self.rollout.max_new_tokens * (self.environment.max_turns if self.environment is not None else 1)
+
+    @property
     def critic_path(self) -> str:
         """InstructGPT starts the critic from the reward model; of several, the first."""
         parts = (part for _, part in flattened(self.reward, "reward"))
@@ -188,6 +194,10 @@ class RlhfConfig(TrainedConfig):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
         yield from sampling_problems(self)
+        if self.environment is not None and self.max_completion_tokens >= self.data.max_seq_len:
+            what = f"{self.environment.max_turns} turns of {self.rollout.max_new_tokens} tokens leave no room for a prompt "
+            what += f"in {self.data.max_seq_len}"
+            yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.algorithm.needs_groups and self.group_size < 2:
