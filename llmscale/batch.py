@@ -82,6 +82,9 @@ class Trajectory:
     prompt: Prompt
     completion: str  # decoded, special tokens left out; of several turns all, and what was said between them
     messages: tuple[Mapping[str, str], ...] = ()  # the turns of `completion` by role, where there is an environment
+    turn_rewards: np.ndarray | None = (
+        None  # float32 [T], its environment's, at the last token of each turn; 0 elsewhere
+    )
     failure: str = ""  # why its environment gave up, which ended it too early to be judged
 
     @property

@@ -152,6 +152,8 @@ class Score:
     value: float | None  # None: it could not be scored, so the sample is left out of the step
     parts: Mapping[str, float] = field(default_factory=dict)  # name -> what it contributed, before its weight
     why: str = ""  # the reason, for people; always there where the value is None
+    # float32 [T]: the part of the value that is due to a token before the last one of the policy's; None: nothing
+    early: np.ndarray | None = field(default=None, compare=False)
 
 
 class RewardFunction(Protocol):

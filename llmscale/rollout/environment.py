@@ -12,10 +12,12 @@ from llmscale.rollout.config import ClassConfig
 
 
 class Observation(NamedTuple):
-    """What the policy is told; where `done`, its last turn was the answer and it is told nothing."""
+    """What the policy is told, what its turn was worth (for `reward=environment`), and whether that was the last: then it is
+    told nothing."""
 
     text: str = ""
     done: bool = False
+    reward: float = 0.0
 
 
 class Environment(Protocol):

@@ -61,12 +61,13 @@ class Turns:
 
     def _answered(self, sample: _Sample) -> Observation:
         assert sample.environment is not None, "it has begun"
-        text, done = sample.environment.step(sample.messages[-1]["content"])
+        text, done, reward = Observation(*sample.environment.step(sample.messages[-1]["content"]))
         if not isinstance(text, str):
             raise TypeError(f"step must return an Observation, its text is {text!r}")
-        return Observation(text, bool(done))
+        return Observation(text, bool(done), float(reward))
 
     def _hears(self, sample: _Sample, observation: Observation, is_last: bool) -> None:
+        sample.turn_rewards[-1] = observation.reward
         if observation.done or is_last:
             sample.ends(finished=observation.done)
         else:
@@ -104,6 +105,7 @@ class _Sample:
         self.loss_mask = np.zeros(silent, dtype=bool)
         self.rollout_logprobs = np.zeros(silent, dtype=np.float32)
         self.weight_versions = np.full(silent, -1, dtype=np.int32)
+        self.turn_rewards = np.zeros(silent, dtype=np.float32)
 
     def meets(self, environment: Environment) -> None:
         self.environment = environment
@@ -142,6 +144,7 @@ class _Sample:
             prompt=self.origin.prompt,
             completion=as_text(self.messages) if self.messages else "",
             messages=tuple(self.messages),
+            turn_rewards=self.turn_rewards,
             failure=self.failure,
         )
 
@@ -150,6 +153,7 @@ class _Sample:
         self.loss_mask = np.concatenate([self.loss_mask, loss_mask])
         self.rollout_logprobs = np.concatenate([self.rollout_logprobs, rollout_logprobs])
         self.weight_versions = np.concatenate([self.weight_versions, weight_versions])
+        self.turn_rewards = np.append(self.turn_rewards, np.zeros(len(token_ids), dtype=np.float32))
 
 
 def _in_time(calls: Sequence[Callable[[], T]], timeout_s: float) -> list[tuple[Any, str]]:

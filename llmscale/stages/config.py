@@ -17,7 +17,7 @@ from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
-from llmscale.rewards.config import LearnedConfig, RewardConfig, flattened
+from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
 from llmscale.rollout.config import EnvironmentConfig, RolloutConfig
 from llmscale.tracking.config import TrackingConfig
@@ -361,6 +361,21 @@ def sampling_problems(config: RlhfConfig | CollectConfig) -> Iterator[Problem]:
     if config.rollout.max_new_tokens >= config.data.max_seq_len:
         what = f"{config.rollout.max_new_tokens} leaves no room for a prompt in {config.data.max_seq_len} tokens"
         yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
+    if not isinstance(config, RlhfConfig) or config.environment is None:
+        for where, part in rewards_of(config):
+            if isinstance(part, EnvironmentRewardConfig):
+                yield (
+                    where,
+                    "there is no environment that could give it",
+                    "Choose one, in rlhf: environment=calculator.",
+                )
+
+
+def rewards_of(config: RlhfConfig | CollectConfig) -> Iterator[tuple[str, RewardConfig]]:
+    """(dotted path, config) of every reward that is asked, the parts of sums one by one."""
+    yield from flattened(config.reward, "reward")
+    if config.true_reward is not None:
+        yield from flattened(config.true_reward, "true_reward")
 
 
 def unfit_optimizer(engine: EngineConfig, optim: OptimConfig, where: str) -> Iterator[Problem]:

@@ -136,7 +136,7 @@ class Rlhf:
         reward = score.value + overlong_penalty(length, limit, share, algorithm.overlong_penalty)
         true_reward = true.value if true is not None else None
         old, ref, values = views
-        return Scored(trajectory, reward, true_reward, old, ref, values, score.parts, score.why)
+        return Scored(trajectory, reward, true_reward, old, ref, values, score.parts, score.why, score.early)
 
     def view(
         self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]

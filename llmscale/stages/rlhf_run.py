@@ -23,10 +23,9 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, LlmscaleError, Requeue
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import State, Tracker
-from llmscale.rewards.config import flattened
 from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
-from llmscale.stages.config import CollectConfig, RlhfConfig, check_context
+from llmscale.stages.config import CollectConfig, RlhfConfig, check_context, rewards_of
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import (
     CriticRole,
@@ -212,9 +211,7 @@ def room_for_completions(config: RlhfConfig, tokenizer: PreTrainedTokenizerFast)
 
 def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
-    rewards = [*flattened(config.reward, "reward")]
-    rewards += flattened(config.true_reward, "true_reward") if config.true_reward is not None else []
-    for where, reward in rewards:
+    for where, reward in rewards_of(config):
         for column in reward.needs_columns():
             lacking = next((p for p in prompts if column not in p.fields), None)
             if lacking is not None:

@@ -57,10 +57,10 @@ class Parrot:
             time.sleep(5)
         if number % 3 == 0 and self.fault == "text":
             return None, False
-        return Observation(f"you said {number % 1000}", done=number % 4 == 0)
+        return Observation(f"you said {number % 1000}", done=number % 4 == 0, reward=number % 7 + 1)
 
 
-def make(model: LanguageModel | None = None, *, seed: int = 0, unit: type = HFRollout, **settings) -> Turns:
+def make(model: LanguageModel | None = None, *, seed: int = 0, **settings) -> Turns:
     config = ParrotConfig(**settings)
     renderer = ChatRenderer(tokenizer())
     render = partial(renderer.render_observation, role=config.role.name, max_tokens=config.max_observation_tokens)
@@ -72,7 +72,7 @@ def the_model(seed: int = 0) -> LanguageModel:
     return language_model(seed, vocab_size=VOCAB_SIZE, max_position=MAX_POSITION)
 
 
-def requests(group_size: int = 4) -> list[SamplingRequest]:
+def requests(group_size: int = 3) -> list[SamplingRequest]:
     renderer, made = ChatRenderer(tokenizer()), []
     for draw, text in enumerate(QUESTIONS):
         messages = (Message(role="user", content=text),)
@@ -96,6 +96,7 @@ def test_equals_the_loop_over_one_sample(made):
     user, assistant = (tokenizer().convert_tokens_to_ids(t) for t in ("<|user|>", "<|assistant|>"))
     for request, trajectory in zip(requests(), made, strict=True):
         parrot, ids, own, finished = Parrot(parrot_config), request.prompt.token_ids.tolist(), [], False
+        rewards: dict[int, float] = {}
         parrot.reset(request.prompt.text, {})
         for turn in range(4):
             prompt = replace(request.prompt, token_ids=np.array(ids))
@@ -104,13 +105,15 @@ def test_equals_the_loop_over_one_sample(made):
             ids = said.token_ids.tolist()
             if not said.finished:
                 break
-            text, finished = parrot.step(said.completion)
+            text, finished, reward = parrot.step(said.completion)
+            rewards[len(ids) - 1] = reward
             if finished or turn == 3:
                 break
             # The default template puts nothing between the token that ended the turn and the next one.
             ids += [user, *tokenizer()(text, add_special_tokens=False)["input_ids"], eos, assistant]
         assert trajectory.token_ids.tolist() == ids and trajectory.finished == finished
         assert np.flatnonzero(trajectory.loss_mask).tolist() == own
+        assert {int(t): trajectory.turn_rewards[t] for t in np.flatnonzero(trajectory.turn_rewards)} == rewards
 
 
 def test_all_ends_are_seen(made):
