@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from llmscale.config import build, check
 from llmscale.errors import ConfigError
 from llmscale.rollout.config import CalculatorConfig, ClassConfig
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
 
 COUNTING = """
 from dataclasses import dataclass, field
@@ -24,6 +28,17 @@ class Counting:
         self.heard.append(said)
         return f"{self.prompt}: {len(self.heard)}", len(self.heard) > 1
 """
+
+
+def test_the_one_of_the_readme(tmp_path: Path):
+    block = next(
+        b for b in re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if "class Guess" in b
+    )
+    (tmp_path / "games.py").write_text(block)
+    game = build(ClassConfig(path=f"{tmp_path}/games.py:Guess"))
+    game.reset("which number is it?", {"number": "7"})
+    heard = [game.step(said) for said in ("I do not know", "9", " 7\n")]
+    assert heard == [("higher", False, -0.1), ("lower", False, -0.1), ("", True, 1.0)]
 
 
 def test_each_sample_has_an_object_of_its_own(tmp_path: Path):
