@@ -27,7 +27,7 @@ from llmscale.rl.losses import (
 
 
 class PolicyGradient:
-    """`max_new_tokens` is the constant of loss_average=budget."""
+    """`max_new_tokens`, of a sample in all its turns, is the constant of loss_average=budget."""
 
     def __init__(self, config: PolicyGradientConfig, max_new_tokens: int):
         self.config, self.max_new_tokens = config, max_new_tokens

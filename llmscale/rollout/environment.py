@@ -38,8 +38,13 @@ class Environment(Protocol):
 
 
 def own(config: ClassConfig) -> Environment:
-    """Raises: ConfigError where the file does not define such a class."""
-    environment: Environment = _of(config.path)()
+    """Raises: ConfigError where the file does not define such a class, or the class cannot be called without arguments."""
+    kind = _of(config.path)
+    try:
+        environment: Environment = kind()
+    except Exception as error:  # the user's code may raise anything
+        what = f"cannot make {config.path}: {type(error).__name__}: {error}"
+        raise ConfigError(what, where="environment.path", fix="It is made without arguments.") from error
     return environment
 
 

@@ -64,6 +64,7 @@ class Turns:
         text, done, reward = Observation(*sample.environment.step(sample.messages[-1]["content"]))
         if not isinstance(text, str):
             raise TypeError(f"step must return an Observation, its text is {text!r}")
+        text.encode()  # half a surrogate pair has no tokens: the sample's failure, not the run's
         return Observation(text, bool(done), float(reward))
 
     def _hears(self, sample: _Sample, observation: Observation, is_last: bool) -> None:

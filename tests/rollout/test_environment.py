@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 
+METHODS = "    def reset(self, prompt, fields): ...\n    def step(self, said): ...\n"
 COUNTING = """
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ def test_each_sample_has_an_object_of_its_own(tmp_path: Path):
     [
         ("class Mine:\n    def reset(self, prompt, fields): ...\n", "Mine", "Mine has no method step"),
         ("class Mine: ...\n", "Mine", "Mine has no method reset and no method step"),
+        (f"class Mine:\n    def __init__(self, x): ...\n{METHODS}", "Mine", "cannot make .*Mine: TypeError"),
         ("class Mine: ...\n", "Other", "defines no 'Other'"),
         ("class Mine(:\n", "Mine", "cannot run .*SyntaxError"),
     ],

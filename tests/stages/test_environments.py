@@ -15,12 +15,12 @@ from tests.stages.runs import arguments, kill_when, records, run, succeed, weigh
 GAME = """
 class Game:
     def reset(self, prompt, fields):
-        self.turns, self.fails = 0, len(prompt) % 2 and FAILS
+        self.turns = 0
+        if len(prompt) % 2 and FAILS:
+            raise ValueError("I do not like odd words")
 
     def step(self, said):
         self.turns += 1
-        if self.fails:
-            raise ValueError("I do not like odd words")
         return f"{len(said)} letters", self.turns == 3, len(said) / 10
 """
 RULE = ["algorithm=grpo", "reward=answer", "true_reward=null", "rollout.group_size=4", "training.prompts_per_step=8"]
@@ -87,7 +87,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(played: Path, talker:
 
 
 def test_an_environment_that_fails_is_counted_and_named(talker: Path, tmp_path: Path) -> None:
-    """PPO too: values and returns of several turns."""
+    """Before it has said anything, so that the policy says nothing either. With PPO, and what the environment gives."""
     own = [
         "algorithm=ppo",
         "reward=environment",
@@ -103,7 +103,7 @@ def test_an_environment_that_fails_is_counted_and_named(talker: Path, tmp_path: 
     assert {e["why"] for e in excluded} == {"environment class: ValueError: I do not like odd words"}
     assert all(0 < step["reward/excluded"] < 16 for step in steps)
     for s in records(run_dir / "samples.jsonl"):
-        assert len(s["prompt"]) % 2 == 0 or not s["finished"]
+        assert len(s["prompt"]) % 2 == 0
         own = [len(m["content"]) / 10 for m in s["messages"] if m["role"] == "assistant"]
         whole = own if s["finished"] else own[:-1]  # nobody answers a turn that was cut off
         assert s["reward"] == pytest.approx(sum(whole))
