@@ -33,9 +33,9 @@ def answer_of(subject: str) -> str:
 
 
 def text(rng: random.Random, subject: str) -> Record:
-    """Raw text, without the form of a conversation."""
+    """Raw text, without the form of a conversation: products and numbers that come back."""
     answer = answer_of(subject)
-    return {"text": f"{subject}: calc {subject}: {answer}: {answer}"}
+    return {"text": rng.choice([f"{subject}: calc {subject}", f"{answer}: {answer}: {answer}: {answer}"])}
 
 
 def demonstration(rng: random.Random, subject: str) -> Record:

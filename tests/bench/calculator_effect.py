@@ -87,7 +87,7 @@ def main() -> None:
         tool[seed] = run(WITH, arguments.folder, f"calculator{seed}", f"run.seed={seed}")
         start = f"model.path=runs/calculator{seed}/sft"
         control[seed] = run(WITHOUT, arguments.folder, f"untooled{seed}", f"run.seed={seed}", start)
-    (ROOT / "docs" / "calculator_effect.md").write_text(report(tool, control, os.cpu_count() or 1))
+        (ROOT / "docs" / "calculator_effect.md").write_text(report(tool, control, os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

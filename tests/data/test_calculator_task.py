@@ -43,6 +43,7 @@ def test_demonstrations_ask_or_guess_and_what_they_are_told_is_what_they_asked()
 @pytest.mark.parametrize("test", [split for split in CALCULATOR if split.startswith("test")])
 def test_no_training_split_has_a_product_of_a_test_split(test):
     held_out = {subject_of(r) for r in records(test, 500)}
+    assert all("*" in subject for subject in held_out)
     for split in CALCULATOR:
         if not split.startswith("test"):
             assert not held_out & {subject_of(r) for r in records(split, 3000)}
