@@ -57,6 +57,13 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] = ()  # the turns that `token_ids` renders: role and content
 
 
+def as_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as a person would read it; a message that stands alone is its content."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One sampled sequence, prompt first. Arrays have one entry for each token of the whole sequence.
@@ -71,13 +78,24 @@ class Trajectory:
     loss_mask: np.ndarray  # bool [T]
     rollout_logprobs: np.ndarray  # float32 [T], natural log, of the distribution that was sampled from
     weight_versions: np.ndarray  # int32 [T], version of the weights that produced the token
-    finished: bool  # the policy ended it; False: cut off at the length limit
+    finished: bool  # the policy ended it, or its environment did; False: cut off at the limit of tokens or turns
     prompt: Prompt
-    completion: str  # decoded, special tokens left out
+    completion: str  # decoded, special tokens left out; of several turns all, and what was said between them
+    messages: tuple[Mapping[str, str], ...] = ()  # the turns of `completion` by role, where there is an environment
+    turn_rewards: np.ndarray | None = (
+        None  # float32 [T], its environment's, at the last token of each turn; 0 elsewhere
+    )
+    failure: str = ""  # why its environment gave up, which ended it too early to be judged
 
     @property
     def completion_len(self) -> int:
+        """Tokens that the policy produced."""
         return int(self.loss_mask.sum())
+
+    @property
+    def said(self) -> list[str]:
+        """What the policy wrote, turn by turn; the last is its answer."""
+        return [m["content"] for m in self.messages if m["role"] == "assistant"] or [self.completion]
 
 
 @dataclass

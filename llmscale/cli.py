@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import traceback
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,7 +177,7 @@ def _help(config_dir: str | None) -> str:
     stages = "\n".join(f"  {name:<10} {text}" for name, text in SUMMARY.items())
     verbs = "\n".join(f"  {name:<10} {text}" for name, (_, text) in VERBS.items())
     chosen = sorted({*groups(), "model", "cluster", EXPERIMENT})
-    listed = "\n".join(f"  {group:<10} {', '.join(choices(group, config_dir))}" for group in chosen)
+    listed = "\n".join(_row(group, choices(group, config_dir), max(map(len, chosen))) for group in chosen)
     return f"""usage: {USAGE}
 
 Pretraining, fine-tuning, reward modelling and RLHF from one config.
@@ -225,9 +226,13 @@ def _stage_help(stage: str, config_dir: str | None) -> str:
         for group, chosen in groups.items():
             names = choices(group.partition("@")[0], config_dir)
             field = group.partition("@")[2] or group
-            lines.append(f"  {field:<{width}} {', '.join(f'[{n}]' if n == chosen else n for n in names)}")
+            lines.append(_row(field, [f"[{n}]" if n == chosen else n for n in names], width))
     lines += ["", "keys:", *(f"  {f'{path}={value}':<44} {text}".rstrip() for path, value, text in _keys(composed))]
     return "\n".join([*lines, "", "llmscale --help shows common overrides and an example."])
+
+
+def _row(name: str, listed: Sequence[str], width: int) -> str:
+    return textwrap.fill(f"  {name:<{width}} {', '.join(listed)}", 110, subsequent_indent=" " * (width + 3))
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +87,26 @@ def import_plugins(modules: Sequence[str]) -> None:
         except Exception as error:  # the user's code may raise anything
             what = f"cannot import plugin {module!r}: {type(error).__name__}: {error}"
             raise ConfigError(what, where="plugins", fix="Put its folder on PYTHONPATH, or mend it.") from error
+
+
+def from_file(path: str, where: str) -> Any:
+    """What a Python file of the user's calls NAME, where `path` is FILE.py:NAME and the value of the key `where`.
+
+    Raises: ConfigError when there is no such file or name, or the file cannot be run.
+    """
+    file, _, name = path.rpartition(":")
+    spec = importlib.util.spec_from_file_location(f"llmscale_user:{Path(file).resolve()}", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise ConfigError(f"no such file: {file}", where=where, fix="Give it as FILE.py:NAME.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may fail in any way
+        raise ConfigError(f"cannot run {file}: {type(error).__name__}: {error}", where=where) from error
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"{file} defines no {name!r}", where=where)
+    return getattr(module, name)
 
 
 # ---------------------------------------------------------------- freezing

@@ -129,11 +129,12 @@ class TrainEngine(Protocol):
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """Sample one completion of a prompt. (draw_id, sample_index) keys its randomness."""
+    """Sample one completion of a prompt. (draw_id, sample_index, turn) keys its randomness."""
 
     prompt: Prompt
     draw_id: int
     sample_index: int
+    turn: int = 0  # of the policy's in this sample; the prompt then ends with the observation that it answers
 
 
 class RolloutEngine(Protocol):
@@ -156,6 +157,8 @@ class Score:
     value: float | None  # None: it could not be scored, so the sample is left out of the step
     parts: Mapping[str, float] = field(default_factory=dict)  # name -> what it contributed, before its weight
     why: str = ""  # the reason, for people; always there where the value is None
+    # float32 [T]: the part of the value that is due to a token before the last one of the policy's; None: nothing
+    early: np.ndarray | None = field(default=None, compare=False)
 
 
 class RewardFunction(Protocol):

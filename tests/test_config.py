@@ -42,7 +42,9 @@ REWARD_NEEDS = {
     "http": ["reward.url=http://h/score"],
     "safety": ["reward.words=[w]"],
     "sum": ["reward.parts.brief=length"],
+    "environment": ["environment=calculator", "data.max_seq_len=512"],
 }
+ENVIRONMENT_NEEDS = {"calculator": [], "class": ["environment.path=e.py:E"]}
 
 
 def composed(stage: str, *overrides: str, config_dir: Path | None = None) -> Any:
@@ -90,7 +92,7 @@ def test_every_experiment_composes_and_survives_freezing(experiment: str, stage:
     [
         (stage, f"{group}={name}")
         for stage in ("pretrain", "rlhf")
-        for group in ("model", "engine", "cluster", "algorithm", "reward", "rollout")
+        for group in ("model", "engine", "cluster", "algorithm", "reward", "rollout", "environment")
         for name in choices(group)
         if stage == "rlhf" or group in ("model", "engine", "cluster")
     ],
@@ -99,6 +101,8 @@ def test_every_choice_composes(stage: str, override: str):
     of_reward = override.partition("=")[2] if override.startswith("reward=") else "learned"
     needed = [n for n in NEEDED[stage] if not n.startswith("reward.path")]
     more = [*(REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else [])]
+    group, _, name = override.partition("=")
+    more += [*ENVIRONMENT_NEEDS[name], "data.max_seq_len=512"] if group == "environment" else []
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
     assert compose(stage, [*needed, override, *more]).stage == stage
 

@@ -32,9 +32,12 @@ DEFAULT_CHAT_TEMPLATE = """\
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters; content that has them is held back too
 _PLACEHOLDER = rf"{_OPEN}\d+{_CLOSE}"
+_ANSWER = _OPEN + _CLOSE  # stands for what the assistant wrote, where that is not to be read
 
 
-Message = dict[str, str]  # `role`, one of ROLES, and `content`
+Message = dict[str, str]  # `role`, one of ROLES or another that the template knows, and `content`
+
+CUT = " [cut]"  # stands at the end of an observation that was too long
 
 
 class Piece(NamedTuple):
@@ -121,6 +124,34 @@ class ChatRenderer:
             rest = _continued(done, self._text(messages, generation_prompt))
             pieces += _separated(rest, held_back, is_target=False)
         return pieces
+
+    def render_observation(
+        self, messages: Sequence[Mapping[str, str]], text: str, *, role: str, max_tokens: int
+    ) -> tuple[Message, np.ndarray]:
+        """What follows a conversation that ends with the assistant's turn, when `role` says `text` and the assistant is to go
+        on: the message, and its token ids to append, int64 [T]. They begin with what the template puts after the token that
+        ended the turn, and end where the assistant begins to write: the tokens that `render` has between the two turns.
+
+        Of the text `max_tokens` tokens are kept and `CUT` says so. A template may add something to earlier answers or forget
+        their thoughts: what the assistant wrote plays no part. Raises: ModelError for a template that leaves its turn out when
+        another one follows, DataError for one that does not know the role.
+        """
+        message = Message(role=role, content=self._shortened(text, max_tokens))
+        safe, held_back = self._hold_back([*map(dict, messages), message])
+        unread = [m | {"content": _ANSWER} if m["role"] == "assistant" else m for m in safe]
+        _, answer, rest = self._text(unread, generation_prompt=True).rpartition(_ANSWER)
+        _, end, between = rest.partition(self.end_token)
+        if not answer or not end:
+            what = "the chat template leaves the assistant's turn out when another one follows"
+            raise ModelError(what, fix="Use a template that renders each turn once and for all.")
+        return message, tokenized(self.tokenizer, [_separated(between, held_back, is_target=False)])[0].token_ids
+
+    def _shortened(self, text: str, max_tokens: int) -> str:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        offsets = backend.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]] + CUT
 
     def decode(self, token_ids: np.ndarray | list[int]) -> str:
         """Text without special tokens."""

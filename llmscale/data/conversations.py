@@ -13,7 +13,7 @@ from llmscale.data.records import Record, columns_hint
 from llmscale.data.report import Outcome
 from llmscale.errors import DataError
 
-ROLE_NAMES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "tool": "tool", **{role: role for role in ROLES}}
 
 
 class Shape(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmscale.batch import Prompt, TokenExample
+from llmscale.batch import Prompt, TokenExample, as_text
 from llmscale.data.chat import ChatRenderer
 from llmscale.data.config import DataConfig, TooLong
 from llmscale.data.conversations import question
@@ -34,8 +34,7 @@ def prompt_draft(record: Record, config: DataConfig, renderer: ChatRenderer, lim
     messages, shape = question(record, config)
     while messages[-1]["role"] == "assistant":
         messages.pop()
-    alone = len(messages) == 1
-    text = messages[0]["content"] if alone else "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    text = as_text(messages)
     fields = {name: value for name, value in record.fields.items() if name != shape.question}
 
     def finish(sequences: list[TokenExample]) -> tuple[Prompt | None, Outcome]:

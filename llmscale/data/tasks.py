@@ -4,7 +4,8 @@
 people, the demonstrations are imperfect: their writers leave most vowels out, and now and then lose any letter. Those
 who rank completions compare them with the right answer, so the rankings know better; that difference is what RLHF is
 for. A tenth of all words is held out: the splits `test...` have those words alone, the others none of them.
-`task:adding/SPLIT`: see `llmscale/data/adding.py`; `task:functions/SPLIT`: `llmscale/data/functions_task.py`.
+`task:adding/SPLIT`: see `llmscale/data/adding.py`; `task:functions/SPLIT`: `llmscale/data/functions_task.py`;
+`task:calculator/SPLIT`: `llmscale/data/calculator_task.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from zlib import crc32
 
-from llmscale.data import adding, functions_task
+from llmscale.data import adding, calculator_task, functions_task
 from llmscale.errors import DataError
 
 TASK = "task:"
@@ -177,8 +178,16 @@ FUNCTIONS = {
     "test": Split(256, functions_task.prompt),
     "test-sft": Split(256, functions_task.demonstration),
 }
+CALCULATOR = {
+    "pretrain": Split(50_000, calculator_task.text),
+    "sft": Split(8_000, calculator_task.demonstration),
+    "prompts": Split(8_000, calculator_task.prompt),
+    "test": Split(512, calculator_task.prompt),
+    "test-sft": Split(256, calculator_task.demonstration),
+}
 TASKS = {
     "sorting": (SPLITS, _word),
     "adding": (ADDING, adding.sum_of),
     "functions": (FUNCTIONS, functions_task.program),
+    "calculator": (CALCULATOR, calculator_task.product),
 }

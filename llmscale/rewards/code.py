@@ -35,7 +35,7 @@ class CodeReward:
         self.results: list[Result] = []
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
-        programs = [Program(extract_code(t.completion), self._tests(t)) for t in trajectories]
+        programs = [Program(extract_code(t.said[-1]), self._tests(t)) for t in trajectories]
         self.results = self.sandbox.run(programs)
         for trajectory, result in zip(trajectories, self.results, strict=True):
             if result.reason not in _ORDINARY:

@@ -323,6 +323,14 @@ class LogicConfig(RuleConfig):
         return [self.column]
 
 
+@option("reward", "environment", builds="llmscale.rewards.environment:EnvironmentReward")
+@dataclass
+class EnvironmentRewardConfig(RewardConfig):
+    """The sum of what `environment` gave for each turn, each part at its own turn."""
+
+    name: str = "environment"
+
+
 # ---------------------------------------------------------------- several
 
 

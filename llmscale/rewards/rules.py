@@ -23,7 +23,7 @@ _MARK = re.compile(r"^\s*####[^\S\n]*+(?!\d+[.)][^\S\n]+\S)([^\w\n]{0,4}(?:\d|fr
 
 
 class Rule(ABC, Generic[Config]):
-    """Scores the text of each sample by itself."""
+    """Scores the text of each sample by itself: of several turns the policy's last, which is its answer."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast):
         self.config = config
@@ -32,9 +32,12 @@ class Rule(ABC, Generic[Config]):
         return [self._score(t) for t in trajectories]
 
     def _score(self, trajectory: Trajectory) -> Score:
-        tag = self.config.within
-        text = trajectory.completion if tag is None else element(trajectory.completion, tag)
-        return Score(0.0, why=f"there is no <{tag}>...</{tag}>") if text is None else self.score(text, trajectory)
+        tag, text = self.config.within, self.text(trajectory)
+        read = text if tag is None else element(text, tag)
+        return Score(0.0, why=f"there is no <{tag}>...</{tag}>") if read is None else self.score(read, trajectory)
+
+    def text(self, trajectory: Trajectory) -> str:
+        return trajectory.said[-1]
 
     @abstractmethod
     def score(self, text: str, trajectory: Trajectory) -> Score: ...
@@ -168,5 +171,4 @@ class LengthReward:
     def _length(self, trajectory: Trajectory) -> int:
         if self.config.unit is Unit.tokens:
             return trajectory.completion_len
-        text = trajectory.completion
-        return len(text.split()) if self.config.unit is Unit.words else len(text)
+        return sum(len(text.split()) if self.config.unit is Unit.words else len(text) for text in trajectory.said)

@@ -52,6 +52,9 @@ class SafetyReward(Rule[SafetyConfig]):
         words = [*config.words, *(read_words(config.path) if config.path is not None else [])]
         self.pattern = word_pattern(words)
 
+    def text(self, trajectory: Trajectory) -> str:
+        return "\n".join(trajectory.said)
+
     def score(self, text: str, trajectory: Trajectory) -> Score:
         found = self.pattern.search(fold(text))
         return Score(float(found is None), why=f"{found[0]!r} is on the list" if found else "")

@@ -41,11 +41,14 @@ class SumReward:
         parts |= {name: score.value for name, score in scores.items() if score.value is not None}
         why = "; ".join(f"{name}: {score.why}" for name, score in scores.items() if score.why)
         counted = {name: weight for name, weight in self.weights.items() if weight}
-        value, lacking = 0.0, []
+        value, early, lacking = 0.0, None, []
         for name, weight in counted.items():
             part = scores[name].value
             if part is None:
                 lacking.append(f"{name}: {scores[name].why}")
             else:
                 value += weight * part
-        return Score(None, parts, "; ".join(lacking)) if lacking else Score(value, parts, why)
+                own = scores[name].early
+                if own is not None:
+                    early = weight * own if early is None else early + weight * own
+        return Score(None, parts, "; ".join(lacking)) if lacking else Score(value, parts, why, early)

@@ -35,7 +35,7 @@ class AlgorithmConfig:
     entropy_coef: float = 0.0  # weight of an entropy bonus in the policy's loss
     filter_groups: bool = False  # prompts whose samples all get the same reward are replaced by others (DAPO)
     max_draws: int = 4  # with filter_groups: how often a step draws before it goes on with fewer prompts
-    overlong_share: float = 0.0  # last share of max_new_tokens, 0..1, over which the reward falls (DAPO); 0: none
+    overlong_share: float = 0.0  # last share of max_new_tokens (of all turns), 0..1, over which the reward falls (DAPO)
     overlong_penalty: float = 1.0  # by how much, at the limit
 
     @property

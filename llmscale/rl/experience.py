@@ -26,7 +26,7 @@ class Algorithm(Protocol):
     is, for shapes."""
 
     def advantages(
-        self, rewards: Tensor, kl: Tensor, values: Tensor, mask: Tensor, group_sizes: Sequence[int]
+        self, rewards: Tensor, early: Tensor, kl: Tensor, values: Tensor, mask: Tensor, group_sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]: ...
 
     def importance(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor: ...
@@ -55,6 +55,8 @@ class Scored:
     parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, before their weights
     why: str = ""  # the reward's own reason
     penalty: float = 0.0  # for its length, 0 or less; added to the reward that is learned from
+    # float32 [T]: the part of the reward that is due to a token before the last; None: none
+    early: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ def build_experience(
     rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
     kl = torch.where(mask, estimate(old, ref, "k1"), torch.zeros_like(old))
     rewards = torch.tensor([s.reward + s.penalty for s in scored], dtype=torch.float32)
+    early = _padded([z if s.early is None else s.early for s, z in zip(scored, zeros, strict=True)], mask)
     sizes = [len(group) for group in groups_of(scored)]
-    advantages, returns = algorithm.advantages(rewards, kl_coef * kl, value, mask, sizes)
+    advantages, returns = algorithm.advantages(rewards, early, kl_coef * kl, value, mask, sizes)
     importance = algorithm.importance(old, rollout)
     learned = algorithm.learned_from(mask, torch.tensor([t.finished for t in trajectories]))
     metrics = {

@@ -23,7 +23,9 @@ def prepare_experience(examples: Sequence[Experience], row_tokens: int) -> Batch
     tensors = layout.tensors([e.token_ids for e in examples])
     tensors["loss_mask"] = layout.place([e.loss_mask for e in examples], fill=False)
     for name in FIELDS:
-        tensors[name] = layout.place([getattr(e, name) for e in examples], fill=0.0).float()
+        values = layout.place([getattr(e, name) for e in examples], fill=0.0).float()
+        # Before the loss: a loss that is selected afterwards would still carry a NaN of another's token into the gradient.
+        tensors[name] = torch.where(tensors["loss_mask"], values, torch.zeros_like(values))
     tensors["kl_coef"] = layout.place([np.full(len(e.token_ids), e.kl_coef) for e in examples], fill=0.0).float()
     tensors["sequence"] = layout.place([np.full(len(e.token_ids), i) for i, e in enumerate(examples)])
     return Batch(tensors, {"tokens": float(tensors["loss_mask"].sum())})

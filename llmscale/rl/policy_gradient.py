@@ -27,7 +27,7 @@ from llmscale.rl.losses import (
 
 
 class PolicyGradient:
-    """`max_new_tokens` is the constant of loss_average=budget."""
+    """`max_new_tokens`, of a sample in all its turns, is the constant of loss_average=budget."""
 
     def __init__(self, config: PolicyGradientConfig, max_new_tokens: int):
         self.config, self.max_new_tokens = config, max_new_tokens
@@ -35,11 +35,12 @@ class PolicyGradient:
     # ------------------------------------------------ of a whole step
 
     def advantages(
-        self, rewards: Tensor, kl: Tensor, values: Tensor, mask: Tensor, group_sizes: Sequence[int]
+        self, rewards: Tensor, early: Tensor, kl: Tensor, values: Tensor, mask: Tensor, group_sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Advantages for the policy and returns for a critic, [N, T]; 0 where `mask` is.
 
-        rewards: [N], a group in a row; they come at the last token. kl: [N, T], the KL's k1 times its coefficient, which is
+        rewards: [N], a group in a row; they come at the last token, but for the part of them that `early` [N, T] has at others,
+        which matters where credit is given by token. kl: [N, T], the KL's k1 times its coefficient, which is
         taken off the reward of each token where that is its place (Ouyang et al. 2022, eq. 2). values: [N, T], of the state
         before each token; zeros where there is no critic.
         """
@@ -58,7 +59,8 @@ class PolicyGradient:
                 rewards = by_group(rewards, group_sizes, partial(group_relative, normalize_std=False))
             lam = config.lam if config.advantage is Advantage.gae else 1.0
             at_last = torch.arange(mask.shape[1]) == last_own(mask).unsqueeze(1)
-            per_token = torch.where(at_last, rewards.unsqueeze(1), torch.zeros_like(kl)) - kl
+            late = (rewards - early.sum(1)).unsqueeze(1)
+            per_token = torch.where(at_last, late, early) - kl
             advantages, returns = gae(per_token, values, mask, config.gamma, lam)
         return (whiten(advantages, mask) if config.whiten_advantages else advantages), returns
 

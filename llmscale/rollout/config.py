@@ -1,9 +1,10 @@
-"""How completions are sampled."""
+"""How completions are sampled, and with whom the policy speaks while it writes one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from omegaconf import MISSING
 
@@ -17,7 +18,7 @@ class RolloutConfig:
 
     name: str = MISSING
     temperature: float = 1.0  # divides the logits; 0 is greedy, for generate and chat only
-    max_new_tokens: int = 64  # longest completion in tokens
+    max_new_tokens: int = 64  # longest completion in tokens; with an environment, of one turn
     group_size: int | None = None  # completions per prompt; None: 8 where rlhf's algorithm compares them, else 1
     unit_size: int = 32  # samples of one dispatch unit: generated as one batch on one worker, retried whole
     # Largest |rollout - trainer log-probability| of fresh samples; null: 1e-4 in fp32, 0.5 in bf16
@@ -33,3 +34,48 @@ class HFRolloutConfig(RolloutConfig):
     """transformers' `generate`."""
 
     name: str = "hf"
+
+
+class Role(Enum):
+    """Who speaks in the chat template, when an environment does."""
+
+    user = "user"
+    tool = "tool"
+
+
+@dataclass
+class EnvironmentConfig:
+    """What answers the policy between its turns. A sample ends when the environment says so, or cut off at a limit."""
+
+    name: str = MISSING
+    max_turns: int = 4  # of the policy in one sample, the answer among them; 1 or more
+    max_observation_tokens: int = 64  # what the environment says beyond them is cut, with a sign that it was; 1 or more
+    timeout_s: float = 10.0  # of one answer; a sample that waits longer is left out of the step
+    role: Role = Role.user  # whose turn an observation is
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, max_turns=1, max_observation_tokens=1)
+        if self.timeout_s <= 0:
+            yield "timeout_s", f"must be above 0, is {self.timeout_s}", "10 is ten seconds for each answer."
+
+
+@option("environment", "calculator", builds="llmscale.rollout.calculator:Calculator")
+@dataclass
+class CalculatorConfig(EnvironmentConfig):
+    """Works out `calc EXPRESSION`, exactly; anything else that the policy says is its answer."""
+
+    name: str = "calculator"
+
+
+@option("environment", "class", builds="llmscale.rollout.environment:own")
+@dataclass
+class ClassConfig(EnvironmentConfig):
+    """A Python class of yours with `reset(prompt, fields)` and `step(said)`, as in llmscale/rollout/environment.py."""
+
+    name: str = "class"
+    path: str = MISSING  # FILE.py:CLASS
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if ".py:" not in self.path:
+            yield "path", f"must be FILE.py:CLASS, is {self.path!r}", "For example games.py:Guess."

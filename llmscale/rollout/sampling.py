@@ -14,8 +14,6 @@ from transformers import LogitsProcessor
 from llmscale.protocols import SamplingRequest
 from llmscale.randomness import random_words
 
-TURN = 0  # single-turn sampling; part of the counter, so that turns never share noise
-
 
 def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position: int, size: int) -> np.ndarray:
     """Standard Gumbel noise [size], float64: argmax(log p + noise) is a sample of p (Maddison et al. 2014)."""
@@ -42,7 +40,7 @@ class CounterSampler(LogitsProcessor):
         noisy = logprobs.double()
         if self.temperature > 0:
             noise = [
-                gumbel_noise(self.seed, r.draw_id, r.sample_index, TURN, position, scores.shape[-1])
+                gumbel_noise(self.seed, r.draw_id, r.sample_index, r.turn, position, scores.shape[-1])
                 for r in self.requests
             ]
             noisy = noisy + torch.from_numpy(np.stack(noise)).to(noisy.device)

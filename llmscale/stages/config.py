@@ -17,9 +17,9 @@ from llmscale.errors import ConfigError
 from llmscale.models.config import ModelConfig
 from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
-from llmscale.rewards.config import LearnedConfig, RewardConfig, flattened
+from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
-from llmscale.rollout.config import RolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, RolloutConfig
 from llmscale.tracking.config import TrackingConfig
 from llmscale.training.config import TrainingConfig
 
@@ -168,6 +168,7 @@ class RlhfConfig(TrainedConfig):
     rollout: RolloutConfig = MISSING
     # To the rollouts: merged, or adapter: less to send, no small change rounded away in bf16, but slower sampling
     publish: Publish = Publish.merged
+    environment: EnvironmentConfig | None = None  # what answers the policy between its turns; None: it has one turn
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
 
@@ -196,6 +197,11 @@ class RlhfConfig(TrainedConfig):
         return self.rollout.group_size or (8 if self.algorithm.needs_groups else 1)
 
     @property
+    def max_completion_tokens(self) -> int:
+        """That the policy can write in one sample."""
+        return self.rollout.max_new_tokens * (self.environment.max_turns if self.environment is not None else 1)
+
+    @property
     def critic_path(self) -> str:
         """InstructGPT starts the critic from the reward model; of several, the first."""
         parts = (part for _, part in flattened(self.reward, "reward"))
@@ -211,6 +217,10 @@ class RlhfConfig(TrainedConfig):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
         yield from sampling_problems(self)
+        if self.environment is not None and self.max_completion_tokens >= self.data.max_seq_len:
+            what = f"{self.environment.max_turns} turns of {self.rollout.max_new_tokens} tokens leave no room for a prompt "
+            what += f"in {self.data.max_seq_len}"
+            yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.algorithm.needs_groups and self.group_size < 2:
@@ -376,6 +386,21 @@ def sampling_problems(config: RlhfConfig | CollectConfig) -> Iterator[Problem]:
     if config.rollout.max_new_tokens >= config.data.max_seq_len:
         what = f"{config.rollout.max_new_tokens} leaves no room for a prompt in {config.data.max_seq_len} tokens"
         yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
+    if not isinstance(config, RlhfConfig) or config.environment is None:
+        for where, part in rewards_of(config):
+            if isinstance(part, EnvironmentRewardConfig):
+                yield (
+                    where,
+                    "there is no environment that could give it",
+                    "Choose one, in rlhf: environment=calculator.",
+                )
+
+
+def rewards_of(config: RlhfConfig | CollectConfig) -> Iterator[tuple[str, RewardConfig]]:
+    """(dotted path, config) of every reward that is asked, the parts of sums one by one."""
+    yield from flattened(config.reward, "reward")
+    if config.true_reward is not None:
+        yield from flattened(config.true_reward, "true_reward")
 
 
 def unfit_optimizer(engine: EngineConfig, optim: OptimConfig, where: str) -> Iterator[Problem]:

@@ -34,6 +34,7 @@ from llmscale.rl.experience import (
     overlong_penalty,
 )
 from llmscale.rl.kl import AdaptiveCoefficient
+from llmscale.rollout.turns import turn_metrics
 from llmscale.stages.config import OnNonfinite, RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
 
@@ -99,7 +100,7 @@ class Rlhf:
             if len(kept) == wanted:
                 break
         metrics = reward_metrics([s for _, s, _ in sampled], num_scored) | true_metrics([t for *_, t in sampled])
-        metrics |= diversity_metrics([t for t, *_ in sampled])
+        metrics |= self.of_rollouts([t for t, *_ in sampled])
         metrics["perf/tokens"] = sum(t.completion_len for t, *_ in sampled)  # those that are not learned from, too
         # Where none of them teaches, an update of nothing.
         return [sample for group in kept or groups for sample in group], metrics
@@ -131,12 +132,14 @@ class Rlhf:
 
     def scored(self, trajectory: Trajectory, score: Score, true: Score | None, views: Sequence[Any]) -> Scored:
         assert score.value is not None, "it was admitted"
-        algorithm, limit = self.config.algorithm, self.config.rollout.max_new_tokens
+        algorithm, limit = self.config.algorithm, self.config.max_completion_tokens
         length, share = trajectory.completion_len, algorithm.overlong_share
         penalty = overlong_penalty(length, limit, share, algorithm.overlong_penalty)
         true_reward = true.value if true is not None else None
         old, ref, values = views
-        return Scored(trajectory, score.value, true_reward, old, ref, values, score.parts, score.why, penalty)
+        return Scored(
+            trajectory, score.value, true_reward, old, ref, values, score.parts, score.why, penalty, score.early
+        )
 
     def reference(self, trajectories: Sequence[Trajectory]) -> Callable[[], list[Any]]:
         """Begin to ask the reference, which of a policy with an adapter is the policy without it."""
@@ -194,10 +197,14 @@ class Rlhf:
         scores, true = self.rewards(trajectories, units, self.step)
         kept = admitted(trajectories, scores, whole_draws=False)
         metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
-        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | diversity_metrics(trajectories)
+        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | self.of_rollouts(trajectories)
         metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
         timing = {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
         return {f"eval/{name}": value for name, value in metrics.items()} | timing
+
+    def of_rollouts(self, trajectories: Sequence[Trajectory]) -> Metrics:
+        turns = turn_metrics(trajectories) if self.config.environment is not None else {}
+        return diversity_metrics(trajectories) | turns
 
     def units_of(self, items: Sequence[Any]) -> list[list[Any]]:
         """Fixed dispatch units: what one holds does not depend on the number of workers."""

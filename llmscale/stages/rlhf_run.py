@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
@@ -18,20 +18,30 @@ from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import VersionCounter
 from llmscale.config import to_dict
+from llmscale.data.chat import CUT, ChatRenderer, Message
 from llmscale.data.splits import load_prompts
-from llmscale.errors import ConfigError, Requeue
+from llmscale.errors import ConfigError, LlmscaleError, Requeue
 from llmscale.models.adapters import FrozenBase, adapted
 from llmscale.models.loading import load_language_model, load_tokenizer, num_parameters, saved_context_length
 from llmscale.protocols import State, Tracker
-from llmscale.rewards.config import flattened
 from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
-from llmscale.stages.config import CollectConfig, RlhfConfig, check_context
+from llmscale.stages.config import CollectConfig, RlhfConfig, check_context, rewards_of
 from llmscale.stages.rlhf import Metrics, Rlhf
-from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole
+from llmscale.stages.roles import (
+    CriticRole,
+    PolicyRole,
+    ReferenceRole,
+    RewardRole,
+    RolloutRole,
+    observation_renderer,
+)
 from llmscale.tracking.composite import finishing, open_trackers
 from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
 from llmscale.training.stop import signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
 ROLES = TRAINED | {"reference": ReferenceRole, "reward": RewardRole, "rollout": RolloutRole}
@@ -49,7 +59,8 @@ class RlhfRun:
         path = str(config.model.path)
         check_context(config, saved_context_length(path))
         self.plan = plan(config)
-        self.prompts = load_prompts(config.data, load_tokenizer(path), config.rollout.max_new_tokens)
+        tokenizer = load_tokenizer(path)
+        self.prompts = load_prompts(config.data, tokenizer, room_for_completions(config, tokenizer))
         check_columns(config, [*self.prompts.train, *self.prompts.validation])
         self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
         self.trained = {name: role for name, role in TRAINED.items() if name in config.roles}
@@ -178,11 +189,27 @@ class Progress:
         )
 
 
+def room_for_completions(config: RlhfConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens of the longest completion: every turn at its limit, and the longest observation between each two.
+
+    Raises: ModelError or DataError for a chat template that cannot put an observation between two turns.
+    """
+    environment = config.environment
+    if environment is None:
+        return config.max_completion_tokens
+    turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+    try:
+        _, around = observation_renderer(ChatRenderer(tokenizer), environment)(turns, CUT)
+    except LlmscaleError as error:
+        error.where, error.fix = "environment.role", "Choose the other of user and tool, or another chat template."
+        raise
+    between = len(around) + environment.max_observation_tokens
+    return config.max_completion_tokens + (environment.max_turns - 1) * between
+
+
 def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
-    rewards = [*flattened(config.reward, "reward")]
-    rewards += flattened(config.true_reward, "true_reward") if config.true_reward is not None else []
-    for where, reward in rewards:
+    for where, reward in rewards_of(config):
         for column in reward.needs_columns():
             lacking = next((p for p in prompts if column not in p.fields), None)
             if lacking is not None:
@@ -201,6 +228,7 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
     return {
         "prompts": prompts,
         "group_size": group,
+        **({"max_turns": config.environment.max_turns} if config.environment is not None else {}),
         "sequences": prompts * group,
         "minibatches": minibatches_per_epoch,
         "epochs": config.algorithm.num_epochs,
@@ -225,6 +253,7 @@ def sample_record(
         "sample_index": trajectory.sample_index,
         "prompt": trajectory.prompt.text,
         "completion": trajectory.completion,
+        **({"messages": list(trajectory.messages)} if trajectory.messages else {}),
         "reward": reward,
         "reward_parts": dict(parts),
         "reward_why": why,

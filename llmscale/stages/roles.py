@@ -5,6 +5,7 @@ actor or in the driver's own process and knows nothing of either. Every role rea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ from llmscale.rewards.weighted import build_reward
 from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rollout.beam import BeamSearch
-from llmscale.rollout.config import HFRolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, HFRolloutConfig
+from llmscale.rollout.turns import Render, Turns
 from llmscale.stages.config import BeamConfig, CollectConfig, Publish, RlhfConfig, StageConfig
 from llmscale.stages.leaving import write_model
 
 
 def new_algorithm(config: RlhfConfig) -> Algorithm:
-    algorithm: Algorithm = build(config.algorithm, config.rollout.max_new_tokens)
+    algorithm: Algorithm = build(config.algorithm, config.max_completion_tokens)
     return algorithm
 
 
@@ -159,10 +161,16 @@ class RewardRole:
             self.true_reward = build_reward(config.true_reward, tokenizer, "true_reward")
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[tuple[Score, Score | None]]:
-        """(reward, true reward) of each trajectory; the second is None where none is configured."""
-        scores = self.reward(trajectories)
-        true = self.true_reward(trajectories) if self.true_reward is not None else [None] * len(scores)
-        return list(zip(scores, true, strict=True))
+        """(reward, true reward) of each trajectory; the second is None where none is configured. What its environment
+        failed is not judged."""
+        whole = [t for t in trajectories if not t.failure]
+        scores = self.reward(whole) if whole else []
+        true = self.true_reward(whole) if whole and self.true_reward is not None else [None] * len(whole)
+        judged = iter(zip(scores, true, strict=True))
+        return [self._unjudged(t.failure) if t.failure else next(judged) for t in trajectories]
+
+    def _unjudged(self, why: str) -> tuple[Score, Score | None]:
+        return Score(None, why=why), None if self.true_reward is None else Score(None, why=why)
 
 
 class RolloutRole:
@@ -173,7 +181,8 @@ class RolloutRole:
         model = load_policy(config) if takes_adapter else load_language_model(path)
         tokenizer = load_tokenizer(path)
         cast_parameters(model, torch_dtype(config))
-        around = (model, tokenizer, config.run.seed, ChatRenderer(tokenizer).stop_ids)
+        renderer = ChatRenderer(tokenizer)
+        around = (model, tokenizer, config.run.seed, renderer.stop_ids)
         if isinstance(config, CollectConfig) and isinstance(config.method, BeamConfig):
             self.engine: RolloutEngine = BeamSearch(
                 HFRolloutConfig(max_new_tokens=config.rollout.max_new_tokens),
@@ -184,12 +193,18 @@ class RolloutRole:
             )
         else:
             self.engine = build(config.rollout, *around)
+        if isinstance(config, RlhfConfig) and config.environment is not None:
+            self.engine = Turns(config.environment, self.engine, observation_renderer(renderer, config.environment))
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         return self.engine.generate(requests)
 
     def load_weights(self, version: int, handles: list[Any]) -> None:
         self.engine.load_weights(version, receive(handles))
+
+
+def observation_renderer(renderer: ChatRenderer, config: EnvironmentConfig) -> Render:
+    return partial(renderer.render_observation, role=config.role.name, max_tokens=config.max_observation_tokens)
 
 
 Compute = Callable[[Forward, Batch], dict[str, Tensor]]

@@ -68,6 +68,11 @@ def test_system_messages():
     assert turns({"conversations": own}, system_prompt="T") == [system, *QA]
 
 
+def test_a_tool_may_speak_between_two_answers():
+    own = [*ROLE_CONTENT, {"role": "tool", "content": "T"}, {"role": "assistant", "content": "B"}]
+    assert turns({"messages": own}) == [*QA, ("tool", "T"), ("assistant", "B")]
+
+
 def test_an_unanswered_question_at_the_end_is_left_out():
     assert turns({"messages": [*ROLE_CONTENT, {"role": "user", "content": "R"}]}) == QA
 
@@ -75,7 +80,7 @@ def test_an_unanswered_question_at_the_end_is_left_out():
 def test_what_is_wrong_is_named():
     error = failure({"instuction": "Q", "output": "A"})
     assert "instruction+output" in error.what and "instuction, output" in str(error)
-    assert "'tool'" in failure({"messages": [{"role": "tool", "content": "x"}]}).what
+    assert "'oracle'" in failure({"messages": [{"role": "oracle", "content": "x"}]}).what
     assert "messages[1]" in failure({"messages": [ROLE_CONTENT[0], {"role": "assistant"}]}).what
     assert "not text" in failure({"messages": [{"role": "user", "content": [{"type": "text"}]}]}).what
     assert "list of turns" in failure({"conversations": []}).what

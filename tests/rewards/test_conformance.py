@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -139,10 +140,11 @@ def reward(config: RewardConfig) -> RewardFunction:
 def samples_of(texts: list[str], config: RewardConfig) -> list[Trajectory]:
     columns = [column for _, part in flattened(config, "reward") for column in part.needs_columns()]
     fields = {column: COLUMNS.get(column, "7") for column in columns}
-    return [
+    made = [
         trajectory([2, 3, *range(4, 5 + i)], [0, 0] + [1] * (i + 1), draw_id=i, completion=text, **fields)
         for i, text in enumerate(texts)
     ]
+    return [replace(t, turn_rewards=t.loss_mask.astype(np.float32) / 2) for t in made]
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_a_missing_function_is_named(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no function 'score'"):
+    with pytest.raises(ConfigError, match="defines no 'score'"):
         build(tmp_path, "def reward(p, c, f):\n    return 0\n", "score")
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from llmscale.config import check
 from llmscale.errors import ConfigError
 from llmscale.protocols import Score
-from llmscale.rewards.config import AnswerConfig, FormatConfig, LengthConfig, Match, RegexConfig, RewardConfig, Unit
+from llmscale.rewards.config import (
+    AnswerConfig,
+    FormatConfig,
+    LengthConfig,
+    Match,
+    RegexConfig,
+    RewardConfig,
+    SafetyConfig,
+    Unit,
+)
 from llmscale.rewards.rules import element, format_fault, length_score
 from llmscale.rewards.weighted import build_reward
 from tests.tiny import tokenizer, trajectory
@@ -164,3 +174,34 @@ def test_what_makes_no_sense_is_refused(config: RewardConfig, where: str):
     with pytest.raises(ConfigError) as caught:
         check(config)
     assert caught.value.where == where and caught.value.fix
+
+
+# ---------------------------------------------------------------- several turns
+
+
+def score_of_turns(config: RewardConfig, *contents: str, **fields: object) -> Score:
+    """The policy, its environment, the policy again: two tokens each."""
+    sample = trajectory([1] * 7, [0, 1, 1, 0, 0, 1, 1], completion="\n".join(contents), **fields)
+    roles = ("assistant", "user", "assistant")
+    turns = tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=True))
+    return build_reward(config, tokenizer(), "reward")([replace(sample, messages=turns)])[0]
+
+
+def test_the_answer_is_what_the_policy_says_last():
+    """Neither what it was told nor what it asked for counts as said."""
+    number = AnswerConfig(match=Match.number)
+    assert score_of_turns(number, "calc 3*9", "27", "It is 27.", answer="27").value == 1
+    assert score_of_turns(number, "calc 3*9", "27", "Well.", answer="27").value == 0
+    assert score_of_turns(number, "27", "no", "28", answer="27").value == 0
+    assert score_of_turns(AnswerConfig(), "calc 3*9", "27", " 27\n", answer="27").value == 1
+
+
+@pytest.mark.parametrize(("unit", "length"), [(Unit.tokens, 4), (Unit.words, 3), (Unit.characters, 9)])
+def test_the_length_is_that_of_all_that_the_policy_said(unit: Unit, length: int):
+    found = score_of_turns(LengthConfig(unit=unit, longest=length), "ab cd", "long words in between", "true")
+    assert (found.value, found.why) == (1, f"{length} {unit.name}")
+
+
+@pytest.mark.parametrize(("contents", "safe"), [(("fine", "bad", "fine"), 1), (("bad", "fine", "fine"), 0)])
+def test_safety_is_asked_of_every_turn_of_the_policys_own(contents: tuple[str, str, str], safe: float):
+    assert score_of_turns(SafetyConfig(words=["bad"]), *contents).value == safe

@@ -20,7 +20,9 @@ from llmscale.rl.experience import (
     minibatches,
     overlong_penalty,
 )
+from llmscale.rl.objectives import FIELDS
 from llmscale.rl.policy_gradient import PolicyGradient
+from tests.rl.settings import ALGORITHMS, algorithm
 from tests.tiny import trajectory
 
 # Lambda and gamma 1, no whitening: a token's return is the sum of the rewards that follow it.
@@ -72,17 +74,21 @@ def test_reward_at_the_last_own_token_and_kl_on_every_one(trajectories):
     assert metrics["rollout/cut_off"] == pytest.approx(1 / 3)
 
 
-def test_what_stands_on_other_tokens_changes_nothing(trajectories):
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_stands_on_other_tokens_changes_nothing(trajectories, name: str):
     clean = [arrays(trajectories, seed) for seed in (1, 2, 3)]
     masks = [t.loss_mask for t in trajectories]
     dirty = [[np.where(m, row, np.nan) for m, row in zip(masks, part, strict=True)] for part in clean]
-    algorithm = PolicyGradient(PolicyGradientConfig(), 8)
-    first, metrics = experience_of(algorithm, trajectories, [1, 2, 3], *clean, KL_COEF)
-    second, same = experience_of(algorithm, trajectories, [1, 2, 3], *dirty, KL_COEF)
+    trajectories = [replace(t, draw_id=10) for t in trajectories]  # one group
+    other = [replace(t, rollout_logprobs=np.where(t.loss_mask, t.rollout_logprobs, np.nan)) for t in trajectories]
+    method = algorithm(name, "algorithm.correction=truncated")
+    first, metrics = experience_of(method, trajectories, [1, 2, 3], *clean, KL_COEF)
+    second, same = experience_of(method, other, [1, 2, 3], *dirty, KL_COEF)
     assert metrics == same
     for a, b in zip(first, second, strict=True):
-        for name in ("old_logprobs", "old_values", "advantages", "returns"):
-            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        for field in FIELDS:
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+            assert not np.isnan(getattr(a, field)).any()
 
 
 def test_advantages_are_whitened_over_the_whole_step(trajectories):

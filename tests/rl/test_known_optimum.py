@@ -78,8 +78,8 @@ class Bench:
                 old, ref = logprobs(self.policy, tokens), logprobs(self.reference, tokens)
                 kl = torch.where(self.mask, method.config.kl_coef * estimate(old, ref, "k1"), 0.0)
                 values = torch.where(self.mask, self.critic(tokens), 0.0)
-                sizes = [NUM_SAMPLES]
-                advantages, returns = method.advantages(self.score[drawn], kl, values, self.mask, sizes)
+                sizes, none = [NUM_SAMPLES], torch.zeros_like(kl)
+                advantages, returns = method.advantages(self.score[drawn], none, kl, values, self.mask, sizes)
             fields = {"old_logprobs": old, "ref_logprobs": ref, "old_values": values, "advantages": advantages}
             fields |= {"returns": returns, "loss_mask": self.mask, "importance": torch.ones_like(old)}
             fields |= {"sequence": torch.arange(NUM_SAMPLES).unsqueeze(1).expand(-1, 2)}

@@ -17,13 +17,23 @@ from llmscale.functional import token_entropy, token_logprobs
 from llmscale.models.forward import ModelForward
 from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.experience import Experience
-from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
+from llmscale.rl.objectives import FIELDS, PolicyObjective, ValueObjective, state_values
 from llmscale.rl.policy_gradient import PolicyGradient
 from tests.rl.settings import ALGORITHMS, algorithm, experiences
 from tests.tiny import language_model, scalar_model
 
 TEMPERATURE = 0.7
 Objective = PolicyObjective | ValueObjective
+
+
+def with_observations(examples: Sequence[Experience], dirt: float) -> list[Experience]:
+    """Every third token was said by somebody else, and `dirt` stands there wherever a number of the policy's might."""
+    made = []
+    for e in examples:
+        own = e.loss_mask & (np.arange(len(e.token_ids)) % 3 > 0)
+        numbers = {name: np.where(own, getattr(e, name), np.float32(dirt)) for name in FIELDS}
+        made.append(replace(e, loss_mask=own, **numbers))
+    return made
 
 
 def policy_objective(entropy_coef: float = 0.0, **config: float) -> PolicyObjective:
@@ -133,6 +143,17 @@ def test_the_critics_loss_equals_a_loop():
             clipped = old + min(max(v - old, -0.3), 0.3)
             losses.append(max((v - target) ** 2, (clipped - target) ** 2) / 2)
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dirt", [float("nan"), float("inf"), 1e9])
+def test_what_stands_on_the_tokens_of_others_changes_nothing(kind: str, dirt: float):
+    """Loss, gradient and every metric (entropy, KL, clipping) of trajectories with observations between the turns."""
+    model, objective = (make() for make in KINDS[kind])
+    examples = experiences([9, 6, 12])
+    clean, gradient = step(model, objective, [objective.prepare(with_observations(examples, 0.0))])
+    dirty, same = step(model, objective, [objective.prepare(with_observations(examples, dirt))])
+    assert dirty == clean and torch.equal(same, gradient) and gradient.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

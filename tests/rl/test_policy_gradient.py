@@ -14,7 +14,7 @@ from torch import Tensor
 from llmscale.batch import Batch
 from llmscale.config import check
 from llmscale.errors import ConfigError
-from llmscale.rl.config import PolicyGradientConfig
+from llmscale.rl.config import Advantage, PolicyGradientConfig
 from llmscale.rl.policy_gradient import PolicyGradient
 from tests.conftest import ROOT
 from tests.rl.settings import ALGORITHMS, MAX_NEW_TOKENS, algorithm, setting
@@ -57,7 +57,9 @@ def ours(method: PolicyGradient, s: Samples, kl_coef: float) -> Tensor:
     old, ref, policy = (torch.where(s.mask, x, nan) for x in (s.old, s.ref, s.policy))
     kl = torch.where(s.mask, old - ref, 0.0)
     sizes = [GROUP] * (len(s.rewards) // GROUP)
-    advantages, _ = method.advantages(s.rewards, kl_coef * kl, torch.zeros_like(kl), s.mask, sizes)
+    advantages, _ = method.advantages(
+        s.rewards, torch.zeros_like(kl), kl_coef * kl, torch.zeros_like(kl), s.mask, sizes
+    )
     sequence = torch.arange(len(s.rewards)).unsqueeze(1).expand_as(s.mask)
     fields = {"old_logprobs": old, "ref_logprobs": ref, "advantages": advantages, "loss_mask": s.mask}
     fields |= {"sequence": sequence, "importance": torch.ones_like(kl), "kl_coef": torch.full_like(kl, kl_coef)}
@@ -239,9 +241,34 @@ def test_a_group_of_one_is_refused(name: str) -> None:
 def test_sizes_of_groups_may_differ(samples: Samples) -> None:
     """Where a sample was excluded, the rest of its group is compared with itself."""
     method = algorithm("rloo")
-    kl, values = torch.zeros(6, 5).double(), torch.zeros(6, 5).double()
+    zeros = torch.zeros(6, 5).double()
     sizes: Sequence[int] = [1, 2, 3]
-    advantages, _ = method.advantages(samples.rewards, kl, values, samples.mask, sizes)
+    advantages, _ = method.advantages(samples.rewards, zeros, zeros, zeros, samples.mask, sizes)
     r = samples.rewards.tolist()
     expected = [0, r[1] - r[2], r[2] - r[1], *(r[i] - (sum(r[3:]) - r[i]) / 2 for i in (3, 4, 5))]
     assert advantages[:, 1].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_early_reward_counts_from_its_token_on(samples: Samples, name: str) -> None:
+    """Of the reward to come, what was given at an earlier token is gone after it; whole samples are compared as before."""
+    method = algorithm(name, "algorithm.whiten_advantages=false")
+    zeros = torch.zeros(6, 5).double()
+    early = torch.where(torch.arange(5) == 1, torch.randn(6, 1).double(), 0.0)
+    early[[2, 5]] = 0.0  # their first token is their last
+    late, both = (
+        method.advantages(samples.rewards, part, zeros, zeros, samples.mask, [GROUP, GROUP])[0]
+        for part in (zeros, early)
+    )
+    if method.config.advantage in (Advantage.group_relative, Advantage.leave_one_out):
+        assert torch.equal(late, both)
+        return
+    discount = method.config.gamma * (method.config.lam if method.config.needs_critic else 1.0)
+    for i in range(6):
+        t, *rest = samples.own(i)
+        assert both[i, t].item() == pytest.approx(
+            late[i, t].item() + early[i, t].item() * (1 - discount ** len(rest)), abs=1e-9
+        )
+        for k, s in enumerate(rest):
+            lost = early[i, t].item() * discount ** (len(rest) - 1 - k)
+            assert both[i, s].item() == pytest.approx(late[i, s].item() - lost, abs=1e-9)

@@ -107,10 +107,11 @@ def test_what_is_sampled_does_not_depend_on_what_else_is_in_the_batch(make):
     assert tokens(units) == together
 
 
-def test_another_seed_draw_or_sample_gives_another_completion(make):
+def test_another_seed_draw_sample_or_turn_gives_another_completion(make):
     model = language_model()
     request = requests()[2]
     others = [request, replace(request, draw_id=77), replace(request, sample_index=9), replace(request, draw_id=-1)]
+    others += [replace(request, turn=1), replace(request, turn=2)]
     made = make(model, max_new_tokens=12).generate(others) + make(model, max_new_tokens=12, seed=1).generate([request])
     assert len({tuple(t.token_ids) for t in made}) == len(made)
 

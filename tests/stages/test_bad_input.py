@@ -155,8 +155,8 @@ def mistake(argv: list[str], *hints: str) -> object:
         mistake([*LEARNED, "critic.path=./nope"], "critic.path=./nope: "),
         mistake([*LEARNED, "reward.path=runs/ok/sft"], "reward.path: this is not a reward model", "llmscale reward"),
         # reward functions
-        mistake([*FUNCTION, "reward.path=nope.py:f"], "reward.path: no such file: nope.py", "FILE.py:FUNCTION"),
-        mistake([*FUNCTION, "reward.path=rewards.py:nope"], "reward.path: rewards.py has no function 'nope'"),
+        mistake([*FUNCTION, "reward.path=nope.py:f"], "reward.path: no such file: nope.py", "FILE.py:NAME"),
+        mistake([*FUNCTION, "reward.path=rewards.py:nope"], "reward.path: rewards.py defines no 'nope'"),
         mistake([*FUNCTION, "reward.path=syntax.py:boom"], "reward.path: cannot run syntax.py", "SyntaxError"),
         mistake([*RLHF, "reward=safety", "reward.path=nope.txt"], "reward.path: cannot read nope.txt", "one word a line"),
         mistake([*RLHF, "reward=safety", "reward.path=a_file"], "reward.path: a_file holds no word"),
