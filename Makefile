@@ -26,6 +26,7 @@ bench: .venv/.bench
 
 .venv/.bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/trl-1.12 trl==1.12.0  # the last with a PPOTrainer
 	touch $@
 
 install: $(STAMP)
