@@ -44,6 +44,7 @@ SAMPLED = [  # what an RLHF step samples, of prompts that leave room for it
     "training.prompts_per_step=8",
     "rollout.group_size=8",
     "rollout.max_new_tokens=64",
+    "rollout.unit_size=64",  # one batch, as TRL has it
     "algorithm.global_batch_size=64",
     "data.too_long=drop",
 ]
