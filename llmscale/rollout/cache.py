@@ -23,6 +23,9 @@ PRODUCTS = "products_for_single_queries"  # as transformers knows it
 class RoomyLayer(DynamicLayer):
     """Rows have space for `room` tokens more than were known when it was made; a new one is written into its place."""
 
+    keys: Tensor  # those known, [B, H, T, D]
+    values: Tensor
+
     def __init__(self, room: int, across: bool):
         super().__init__()
         self.room = room

@@ -30,6 +30,6 @@ class RolloutConfig:
 @option("rollout", "hf", builds="llmscale.rollout.hf:HFRollout")
 @dataclass
 class HFRolloutConfig(RolloutConfig):
-    """transformers' `generate`."""
+    """Forwards of the Hugging Face model itself."""
 
     name: str = "hf"

@@ -17,7 +17,8 @@ class RunningBatch:
 
     def __init__(self, hf: PreTrainedModel, room: int):
         self._hf: Any = hf
-        self._room, self._cache = room, roomy_cache(hf, room)
+        self._room = room
+        self._cache: Any = roomy_cache(hf, room)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The prompts, [P, T] each. Returns logits [P, V] of what follows them."""

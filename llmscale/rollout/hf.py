@@ -45,18 +45,17 @@ class HFRollout:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
-        prompts = {r.prompt.token_ids.tobytes(): i for i, r in enumerate(requests)}
+        numbers: dict[bytes, int] = {}  # prompts in the order in which they appear
+        prompt_of = np.array([numbers.setdefault(r.prompt.token_ids.tobytes(), len(numbers)) for r in requests])
+        _, first = np.unique(prompt_of, return_index=True)
         batch = RunningBatch(self.model.hf, self.config.max_new_tokens)
-        logits = batch.read(**self._left_padded([requests[i] for i in prompts.values()]))
-        numbers = {ids: number for number, ids in enumerate(prompts)}
-        prompt_of = np.array([numbers[r.prompt.token_ids.tobytes()] for r in requests])
+        logits = batch.read(**self._left_padded([requests[int(i)] for i in first]))[prompt_of]
         batch.rearrange(prompt_of)
-        logits = logits[prompt_of]
         going = np.arange(len(requests))  # the request that each row of the batch goes on with
         completions: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         for position in range(self.config.max_new_tokens):
-            rows = [requests[i] for i in going]
+            rows = [requests[int(i)] for i in going]
             tokens, chosen = sample(logits, rows, position, self.config.temperature, self.seed)
             for request, token, logprob in zip(going, tokens.tolist(), chosen.tolist(), strict=True):
                 completions[request].append(token)
