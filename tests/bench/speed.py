@@ -37,13 +37,14 @@ class Group:
 
 
 BARE, DDP, TRL = "bare loop", "bare loop, DDP", "TRL as it comes"
+GENERATE = "transformers' generate"
 SINGLE, ZERO = "ours, single", "ours, ZeRO-2"
 TRL_PLAIN, BEST_TRL = "TRL without activation checkpointing", "the best of TRL"
 TRL_WITH_PPO = Path(
     "/tmp/scratch/grpobench/trl112"
 )  # the last release that has a PPOTrainer; `make bench` puts it there
 FP32, BF16 = "engine.precision=fp32", "engine.precision=bf16"
-RULE = ("reward=function", f"reward.path={ROOT}/tests/bench/contenders.py:vowels")
+RULE = ("reward=function", f"reward.path={ROOT}/tests/bench/rlhf_contenders.py:vowels")
 BIGGER = "model.path={folder}/lm30"  # `turns` knows the folder
 PRECISE, ROUGH = (16, 4), (8, 2)  # rounds, steps: to be 0.97 of something takes more of them than to be 3 times it
 
@@ -88,6 +89,14 @@ GROUPS = {
             Contender(TRL_PLAIN, ("trl_reward",)),
             Contender(SINGLE, ("ours", "reward", "engine=single", BF16), {TRL: 1.8}),
             Contender(ZERO, ("ours", "reward", "engine=deepspeed", BF16)),
+        ),
+    ),
+    "generate": Group(
+        "Sampling alone: 8 prompts x 8 completions of 1 to 128 tokens, bf16",
+        *ROUGH,
+        (
+            Contender(GENERATE, ("generate",)),
+            Contender("ours, rollout=hf", ("ours_generate",), {GENERATE: 1.3}),
         ),
     ),
     "grpo": Group(
@@ -150,7 +159,19 @@ def table(group: Group, turns: Mapping[Contender, Sequence[Turn]]) -> list[str]:
             " ".join(f"{loss:.4f}" for loss in own[0].losses[:2]),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return [*lines, "", *verdicts(turns), ""]
+    return [*lines, "", *verdicts(turns), *splits(turns, group.steps), ""]
+
+
+def splits(turns: Mapping[Contender, Sequence[Turn]], steps: int) -> list[str]:
+    """Where the time of a step went, of those that tell."""
+    lines = []
+    for contender, own in turns.items():
+        medians = {name: statistics.median(t.parts.get(name, 0.0) for t in own[1:]) / steps for name in own[-1].parts}
+        if medians:
+            step = statistics.median(turn.seconds for turn in own[1:]) / steps
+            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in medians.items())
+            lines.append(f"- {contender.title}: {step:.2f} s a step, of it {parts}")
+    return lines
 
 
 def ratios(
