@@ -36,7 +36,7 @@ def test_an_algorithm_runs_with_the_models_that_it_needs(name: str, chain: Path,
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_policy_is_asked_before_an_update_only_where_that_is_needed(name: str) -> None:
-    given = ["model.path=any", "reward.path=any", f"algorithm={name}", "rollout.group_size=8"]
+    given = ["data.train=any", "model.path=any", "reward.path=any", f"algorithm={name}", "rollout.group_size=8"]
 
     def asked(*more: str) -> bool:
         sizes = ["training.prompts_per_step=8", "algorithm.global_batch_size=64"]
