@@ -46,7 +46,8 @@ TRL_WITH_PPO = Path(
 FP32, BF16 = "engine.precision=fp32", "engine.precision=bf16"
 RULE = ("reward=function", f"reward.path={ROOT}/tests/bench/rlhf_contenders.py:vowels")
 BIGGER = "model.path={folder}/lm30"  # `turns` knows the folder
-PRECISE, ROUGH = (16, 4), (8, 2)  # rounds, steps: to be 0.97 of something takes more of them than to be 3 times it
+# Rounds, steps: to be 0.97 of something takes more of them than to be 3 times it.
+PRECISE, ROUGH, SLOW = (16, 4), (8, 2), (5, 1)
 
 GROUPS = {
     "pretrain": Group(
@@ -101,7 +102,7 @@ GROUPS = {
     ),
     "grpo": Group(
         "GRPO: alpaca_en_demo, 8 prompts x 8 completions x 64 tokens, KL to a reference, bf16",
-        *ROUGH,
+        *SLOW,
         (
             Contender(TRL, ("trl_grpo_defaults",)),
             Contender(TRL_PLAIN, ("trl_grpo",)),
@@ -111,7 +112,7 @@ GROUPS = {
     ),
     "grpo30": Group(
         "The same with a model of 31M",
-        *ROUGH,
+        *SLOW,
         (
             Contender(TRL, ("trl_grpo_defaults", "lm30")),
             Contender(TRL_PLAIN, ("trl_grpo", "lm30")),
@@ -125,7 +126,7 @@ GROUPS = {
     ),
     "ppo": Group(
         "PPO: the same prompts and number of samples, a learned reward, one epoch, fp32; TRL 1.12",
-        *ROUGH,
+        *SLOW,
         (
             Contender(TRL, ("trl_ppo_defaults",), packages=TRL_WITH_PPO),
             Contender(TRL_PLAIN, ("trl_ppo",), packages=TRL_WITH_PPO),
