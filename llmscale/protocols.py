@@ -40,6 +40,7 @@ class LossSums:
 
     terms: dict[str, Tensor]  # loss term -> sum over its elements, weights applied; scalars with gradient
     metrics: dict[str, tuple[Tensor, str]] = field(default_factory=dict)  # name -> (sum, the term that counts it)
+    maxima: dict[str, Tensor] = field(default_factory=dict)  # name -> the largest of something, 0 or more
 
 
 class Objective(Protocol):

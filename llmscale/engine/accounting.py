@@ -45,6 +45,7 @@ class StepTotals:
                 local[f"count/{term}"] = local.get(f"count/{term}", 0.0) + count
         self.counts = distributed.all_reduce(local)
         self._sums: dict[str, tuple[Tensor, str]] = {}
+        self._maxima: dict[str, Tensor] = {}
 
     def add(self, sums: LossSums) -> Tensor:
         """Take in one micro-batch; returns its part of the step's loss, to call backward on."""
@@ -52,18 +53,22 @@ class StepTotals:
         for name, (value, term) in named.items():
             before = self._sums[name][0] if name in self._sums else 0.0
             self._sums[name] = (before + value.detach().double(), term)
+        for name, value in sums.maxima.items():
+            self._maxima[name] = torch.maximum(value, self._maxima.get(name, value))
         parts = [value / self._count(term) for term, value in sums.terms.items()]
         return torch.stack(parts).sum()
 
     def metrics(self) -> dict[str, float]:
-        """Means over the whole step, the same on every rank; `loss` is the sum of its terms."""
+        """Means and maxima over the whole step, the same on every rank; `loss` is the sum of its terms."""
         local = {name: float(value) / self._count(term) for name, (value, term) in self._sums.items()}
         means = distributed.all_reduce(local)
         terms = [name for name in means if name.startswith("loss/")]
         means["loss"] = sum(means[name] for name in terms)
         if len(terms) == 1:
             del means[terms[0]]
-        return means | {"num_tokens": self.counts["num_tokens"]}
+        largest = {name: float(value) for name, value in self._maxima.items()}
+        maxima = distributed.all_reduce(largest, op="max") if largest else {}
+        return means | maxima | {"num_tokens": self.counts["num_tokens"]}
 
     def _count(self, term: str) -> float:
         # A term that counts nothing in the whole step has a sum of zero: any divisor gives zero.

@@ -222,7 +222,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join_group(device: torch.device) -> None:
-    """DeepSpeed needs a process group even for one process; that one needs no port."""
+    """DeepSpeed needs a process group even for one process; that one needs no port, but a name."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -230,10 +230,15 @@ def _join_group(device: torch.device) -> None:
             distributed.destroy_at_exit(None)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
+    alone = "MASTER_PORT" not in os.environ
+    if alone:  # it names memory by address and port: runs of one process would share it, and crash
+        os.environ["MASTER_PORT"] = f"process-{os.getpid()}"
     with redirect_stdout(sys.stderr):  # it prints; stdout is for results
         build_communication()
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     _forget_shared_buffer()
+    if alone:
+        del os.environ["MASTER_PORT"]
 
 
 def build_communication() -> None:

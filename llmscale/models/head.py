@@ -51,11 +51,11 @@ def score_logits(logits: Tensor, targets: Tensor, temperature: float, entropy: s
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    logprobs = -nn.functional.cross_entropy(logits, targets, reduction="none")
+    every = torch.log_softmax(logits, dim=-1)
+    logprobs = -nn.functional.nll_loss(every, targets, reduction="none")
     if entropy == "none":
         return logprobs, torch.zeros_like(logprobs)
     with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
-        every = torch.log_softmax(logits, dim=-1)
         return logprobs, -(every.exp() * every).sum(-1)
 
 

@@ -47,6 +47,11 @@ class AlgorithmConfig:
         return self.kl_coef > 0
 
     @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the trainer's log-probabilities have to be known before the update."""
+        return True
+
+    @property
     def needs_groups(self) -> bool:
         """Whether a sample is compared with others of its prompt."""
         return self.filter_groups
@@ -117,6 +122,11 @@ class PolicyGradientConfig(AlgorithmConfig):
     @property
     def needs_critic(self) -> bool:
         return self.advantage is Advantage.gae
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        in_reward = self.kl_place is KLPlace.reward and self.needs_reference
+        return in_reward or self.correction is not Correction.none
 
     @property
     def needs_groups(self) -> bool:

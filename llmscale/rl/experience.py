@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Scored:
     trajectory: Trajectory
     reward: float  # of the reward function
     true_reward: float | None  # only watched; None where there is none
-    old_logprobs: np.ndarray  # the trainer's, before the update
+    old_logprobs: np.ndarray | None  # the trainer's, before the update; None: the update itself will say
     ref_logprobs: np.ndarray | None
     values: np.ndarray | None  # the critic's, of the state before each token
     parts: Mapping[str, float] = field(default_factory=dict)  # of the reward, before their weights
@@ -65,7 +65,7 @@ class Experience:
 
     token_ids: np.ndarray  # int64 [T]
     loss_mask: np.ndarray  # bool [T]: what is learned from
-    old_logprobs: np.ndarray  # the trainer's, before the update
+    old_logprobs: np.ndarray  # the trainer's, before the update; those of the rollout where the update itself will say
     ref_logprobs: np.ndarray
     old_values: np.ndarray  # the critic's, of the state before each token
     advantages: np.ndarray
@@ -80,11 +80,11 @@ def build_experience(
     """Advantages and returns of one step's trajectories, those of one draw in a row, and the step's metrics."""
     trajectories = [s.trajectory for s in scored]
     mask = pad_rows([t.loss_mask for t in trajectories], value=False).bool()
-    old = _padded([s.old_logprobs for s in scored], mask)
-    ref = _padded([s.old_logprobs if s.ref_logprobs is None else s.ref_logprobs for s in scored], mask)
+    rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
+    old = rollout if scored[0].old_logprobs is None else _padded([s.old_logprobs for s in scored], mask)
+    ref = old if scored[0].ref_logprobs is None else _padded([s.ref_logprobs for s in scored], mask)
     zeros = [np.zeros(len(t.token_ids)) for t in trajectories]
     value = _padded([z if s.values is None else s.values for s, z in zip(scored, zeros, strict=True)], mask)
-    rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
     kl = torch.where(mask, estimate(old, ref, "k1"), torch.zeros_like(old))
     rewards = torch.tensor([s.reward + s.penalty for s in scored], dtype=torch.float32)
     early = _padded([z if s.early is None else s.early for s, z in zip(scored, zeros, strict=True)], mask)
@@ -98,9 +98,10 @@ def build_experience(
         "reward/equal_groups": sum(not is_informative(g) for g in groups_of(scored)) / len(sizes),
         "rollout/completion_len": float(mask.sum(1).float().mean()),
         "rollout/cut_off": sum(not t.finished for t in trajectories) / len(trajectories),
-        "rollout/logprob_diff": float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max()),
         "policy/importance": float(masked_mean(importance, mask)),
     }
+    if scored[0].old_logprobs is not None:
+        metrics["rollout/logprob_diff"] = float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max())
     if scored[0].ref_logprobs is not None:
         metrics["kl/ref"] = float(kl.sum(1).mean())  # nats per trajectory
     if scored[0].values is not None:
@@ -169,6 +170,6 @@ def minibatches(num: int, size: int, seed: int, step: int, epoch: int) -> list[l
     return [order[i : i + size] for i in range(0, num, size)]
 
 
-def _padded(arrays: Sequence[np.ndarray], mask: Tensor) -> Tensor:
+def _padded(arrays: Sequence[Any], mask: Tensor) -> Tensor:
     rows = pad_rows([np.asarray(a, dtype=np.float32) for a in arrays], value=0.0)
     return torch.where(mask, rows, torch.zeros_like(rows))

@@ -33,10 +33,14 @@ def prepare_experience(examples: Sequence[Experience], row_tokens: int) -> Batch
 
 class PolicyObjective:
     """Term `policy`, normalised as the algorithm says; metrics over tokens: `entropy`, `approx_kl` (k3 of the old policy to
-    the new), `clipfrac`."""
+    the new), `clipfrac`, and the largest `logprob_diff` between the two.
 
-    def __init__(self, algorithm: Algorithm, temperature: float, entropy_coef: float):
+    `old_is_rollout`: the experience has the log-probabilities of the rollout in place of the old policy's, which is the policy
+    as it is at this update: its ratio is 1, and the metrics compare rollout and trainer."""
+
+    def __init__(self, algorithm: Algorithm, temperature: float, entropy_coef: float, old_is_rollout: bool = False):
         self.algorithm, self.temperature, self.entropy_coef = algorithm, temperature, entropy_coef
+        self.old_is_rollout = old_is_rollout
 
     def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
         batch = prepare_experience(examples, row_tokens)
@@ -50,13 +54,17 @@ class PolicyObjective:
         mask = batch["loss_mask"]
         wanted = "grad" if self.entropy_coef > 0 else "value"
         logprobs, entropy = forward.logprobs(batch, mask, self.temperature, wanted)
-        losses, metrics = self.algorithm.loss(logprobs, batch)
         log_ratio = logprobs.detach() - batch["old_logprobs"]
+        if self.old_is_rollout:
+            batch = Batch(batch.tensors | {"old_logprobs": logprobs.detach()}, batch.counts)
+        losses, metrics = self.algorithm.loss(logprobs, batch)
         metrics |= {"entropy": entropy.detach(), "approx_kl": log_ratio.exp() - 1 - log_ratio}
         if self.entropy_coef:
             losses = losses - self.entropy_coef * entropy
         total = masked_sum(losses * batch["weight"], mask)
-        return LossSums({"policy": total}, {k: (masked_sum(v, mask), "tokens") for k, v in metrics.items()})
+        sums = {k: (masked_sum(v, mask), "tokens") for k, v in metrics.items()}
+        largest = torch.where(mask, log_ratio.abs(), torch.zeros_like(log_ratio)).max()
+        return LossSums({"policy": total}, sums, {"logprob_diff": largest})
 
 
 class ValueObjective:

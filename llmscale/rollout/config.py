@@ -31,7 +31,7 @@ class RolloutConfig:
 @option("rollout", "hf", builds="llmscale.rollout.hf:HFRollout")
 @dataclass
 class HFRolloutConfig(RolloutConfig):
-    """transformers' `generate`."""
+    """Forwards of the Hugging Face model itself."""
 
     name: str = "hf"
 

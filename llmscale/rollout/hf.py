@@ -1,4 +1,10 @@
-"""Rollouts by transformers' `generate`: runs everywhere, and is the reference for other engines."""
+"""Rollouts by forwards of the Hugging Face model itself: runs everywhere, and is the reference for other engines.
+
+The batch is one forward a token, as in transformers' `generate`, but a prompt is read once for all its samples, what is
+known of it is never copied, and a row leaves the batch with its last token.
+
+Legend: P different prompts, B rows (a request each), T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llmscale import distributed
 from llmscale.batch import Trajectory
@@ -15,8 +21,10 @@ from llmscale.errors import DataError, WeightMismatchError
 from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import load_buckets
 from llmscale.protocols import SamplingRequest, WeightBucket
+from llmscale.rollout.cache import attend_by_products
 from llmscale.rollout.config import HFRolloutConfig
-from llmscale.rollout.sampling import CounterSampler
+from llmscale.rollout.decoding import RunningBatch, closed_up
+from llmscale.rollout.sampling import sample
 
 
 class HFRollout:
@@ -33,27 +41,34 @@ class HFRollout:
         self.config, self.tokenizer, self.seed, self.stop_ids = config, tokenizer, seed, list(stop_ids)
         self.model = model.to(distributed.device()).eval()
         self.version = 0  # of the weights held; 0 are those that it was built with
-        self._generation = GenerationConfig(
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.stop_ids,
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,  # said here, because a saved config may say otherwise and cost 25 times the time
-        )
-        # What is not said here would come from the model's own: a repetition penalty, beams, truncation.
-        self.model.hf.generation_config = self._generation
+        attend_by_products(self.model.hf)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
-        prompts = self._left_padded(requests)
-        width = prompts["input_ids"].shape[1]
-        sampler = CounterSampler(requests, width, self.config.temperature, self.seed)
-        output = self.model.hf.generate(
-            **prompts, generation_config=self._generation, logits_processor=LogitsProcessorList([sampler])
-        )
-        completions = output[:, width:].cpu().numpy()
-        logprobs = torch.stack(sampler.logprobs, dim=1).numpy()
-        return [self._trajectory(*row) for row in zip(requests, completions, logprobs, strict=True)]
+        numbers: dict[bytes, int] = {}  # prompts in the order in which they appear
+        prompt_of = np.array([numbers.setdefault(r.prompt.token_ids.tobytes(), len(numbers)) for r in requests])
+        _, first = np.unique(prompt_of, return_index=True)
+        batch = RunningBatch(self.model.hf, self.config.max_new_tokens)
+        logits = batch.read(**self._left_padded([requests[int(i)] for i in first]))[prompt_of]
+        batch.rearrange(prompt_of)
+        going = np.arange(len(requests))  # the request that each row of the batch goes on with
+        completions: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        for position in range(self.config.max_new_tokens):
+            rows = [requests[int(i)] for i in going]
+            tokens, chosen = sample(logits, rows, position, self.config.temperature, self.seed)
+            for request, token, logprob in zip(going, tokens.tolist(), chosen.tolist(), strict=True):
+                completions[request].append(token)
+                logprobs[request].append(logprob)
+            kept = closed_up(~np.isin(tokens, self.stop_ids))
+            if position + 1 == self.config.max_new_tokens or not len(kept):
+                break
+            if len(kept) < len(going):
+                going, tokens = going[kept], tokens[kept]
+                batch.rearrange(kept)
+            logits = batch.append(tokens)
+        finished = zip(requests, completions, logprobs, strict=True)
+        return [self._trajectory(r, np.array(ids), np.array(own, dtype=np.float32)) for r, ids, own in finished]
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         if version <= self.version:

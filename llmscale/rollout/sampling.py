@@ -9,41 +9,40 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from llmscale.protocols import SamplingRequest
 from llmscale.randomness import random_words
 
 
 def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position: int, size: int) -> np.ndarray:
-    """Standard Gumbel noise [size], float64: argmax(log p + noise) is a sample of p (Maddison et al. 2014)."""
+    """Standard Gumbel noise [size], float64: argmax(log p + noise) is a sample of p (Maddison et al. 2014).
+
+    One number for every token, where a single one and the sums of p would do: those sums carry the rounding of all
+    tokens before, so that a batch of other rows would change thousands of times as many samples.
+    """
     # Held-out prompts are drawn with negative ids.
     raw = random_words(seed, "sampling", turn << 32 | position, sample_index, draw_id, size=size)
-    uniform = (raw >> np.uint64(11)) * 2.0**-53
+    raw >>= np.uint64(11)
+    noise = raw.view(np.int64) * 2.0**-53
     with np.errstate(divide="ignore"):  # a uniform of exactly 0 gives noise -inf: never chosen
-        return -np.log(-np.log(uniform))
+        for _ in range(2):
+            np.log(noise, out=noise)
+            np.negative(noise, out=noise)
+    return noise
 
 
-class CounterSampler(LogitsProcessor):
-    """Chooses each row's token, and keeps its log-probability, so that no logits need to be kept.
-
-    Greedy decoding over the result takes the chosen token. `temperature` 0 chooses the likeliest.
-    """
-
-    def __init__(self, requests: Sequence[SamplingRequest], prompt_len: int, temperature: float, seed: int):
-        self.requests, self.prompt_len, self.temperature, self.seed = requests, prompt_len, temperature, seed
-        self.logprobs: list[Tensor] = []  # one [B] a position
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.prompt_len
-        logprobs = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)
-        noisy = logprobs.double()
-        if self.temperature > 0:
-            noise = [
-                gumbel_noise(self.seed, r.draw_id, r.sample_index, r.turn, position, scores.shape[-1])
-                for r in self.requests
-            ]
-            noisy = noisy + torch.from_numpy(np.stack(noise)).to(noisy.device)
-        chosen = noisy.argmax(-1, keepdim=True)
-        self.logprobs.append(logprobs.gather(-1, chosen).squeeze(-1).cpu())
-        return torch.full_like(scores, float("-inf")).scatter(-1, chosen, 0.0)
+def sample(
+    logits: Tensor, requests: Sequence[SamplingRequest], position: int, temperature: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The next token of each row, int64 [B], and its log-probability, float32 [B]. `logits`: [B, V], of the token at
+    `position` of each completion. `temperature` 0 chooses the likeliest."""
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1).cpu().numpy()
+    if temperature == 0:
+        chosen = logprobs.argmax(-1)
+    else:
+        chosen = np.empty(len(requests), dtype=np.int64)
+        for row, r in enumerate(requests):  # by rows: the noise of one stays in the processor's cache
+            noise = gumbel_noise(seed, r.draw_id, r.sample_index, r.turn, position, logprobs.shape[1])
+            noise += logprobs[row]
+            chosen[row] = noise.argmax()
+    return chosen, logprobs[np.arange(len(chosen)), chosen]

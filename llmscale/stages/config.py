@@ -192,6 +192,14 @@ class RlhfConfig(TrainedConfig):
         return self.algorithm.needs_reference and self.model.adapter is not None
 
     @property
+    def scores_by_policy(self) -> bool:
+        """Whether the policy says what it thinks of each token before the update. A step of a single update asks only once,
+        in the update itself, unless the algorithm needs to know before."""
+        algorithm, sequences = self.algorithm, self.training.prompts_per_step * self.group_size
+        updates = algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
+        return updates > 1 or algorithm.needs_old_logprobs
+
+    @property
     def group_size(self) -> int:
         """Completions of a prompt."""
         return self.rollout.group_size or (8 if self.algorithm.needs_groups else 1)

@@ -69,7 +69,8 @@ class Rlhf:
         scored, metrics = self.collect()
         experience, found = build_experience(self.algorithm, scored, self.kl_coef.value)
         metrics |= found
-        check_on_policy(metrics, self.config.max_logprob_diff)
+        if self.config.scores_by_policy:
+            check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)
         with self.timed("publish"):
@@ -121,12 +122,12 @@ class Rlhf:
         """Rewards, and every model's view of every token; the four pools work side by side. Samples without a reward are left
         out of the first list."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
-        old_logprobs = self.pools["policy"].map(PolicyRole.logprobs, trajectories)
+        old_logprobs = self.view("policy", PolicyRole.logprobs, trajectories)
         ref_logprobs = self.reference(trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
         scores, true = self.rewards(trajectories, rewards.wait(), self.step + 1)
         kept = admitted(trajectories, scores, whole_draws=self.config.algorithm.needs_groups)
-        views = [old_logprobs.wait(), ref_logprobs(), values()]
+        views = [old_logprobs(), ref_logprobs(), values()]
         scored = [self.scored(trajectories[i], scores[i], true[i], [view[i] for view in views]) for i in kept]
         return scored, list(zip(trajectories, scores, true, strict=True))
 
@@ -150,8 +151,8 @@ class Rlhf:
     def view(
         self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]
     ) -> Callable[[], list[Any]]:
-        """Begin to ask a role about every trajectory; None for each where the algorithm needs no such role."""
-        if role not in self.pools:
+        """Begin to ask a role about every trajectory; None for each where the algorithm does not need its view."""
+        if role not in self.pools or (role == "policy" and not self.config.scores_by_policy):
             return lambda: [None] * len(trajectories)
         return self.pools[role].map(method, trajectories).wait
 
@@ -178,8 +179,13 @@ class Rlhf:
         policy = self.pools["policy"].call(PolicyRole.update, batches)
         critic = self.pools["critic"].call(CriticRole.update, batches) if "critic" in self.pools else None
         policy_steps = policy.wait()[0]
+        metrics = _means("policy", policy_steps) | (_means("value", critic.wait()[0]) if critic else {})
+        difference = metrics.pop("policy/logprob_diff")
+        if not self.config.scores_by_policy:
+            metrics["rollout/logprob_diff"] = difference
+            check_on_policy(metrics, self.config.max_logprob_diff)
         check_first_update(policy_steps[0]["approx_kl"], self.config.max_logprob_diff)
-        return _means("policy", policy_steps) | (_means("value", critic.wait()[0]) if critic else {})
+        return metrics
 
     def publish(self) -> None:
         """New weights for every rollout worker, checked by fingerprint on both sides."""

@@ -103,7 +103,8 @@ class PolicyRole(TrainedRole):
         self.engine = self._new_engine(self.model, self.config.optim)
         algorithm = new_algorithm(self.config)
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
-        self.objective = PolicyObjective(algorithm, temperature, entropy_coef)
+        old_is_rollout = not self.config.scores_by_policy
+        self.objective = PolicyObjective(algorithm, temperature, entropy_coef, old_is_rollout)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """log p of each token under the policy as it is now, float32 [T] a trajectory."""

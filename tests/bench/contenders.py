@@ -2,77 +2,29 @@
 
     python -m tests.bench.contenders NAME FOLDER
 
-NAME is a function of this module, FOLDER holds what `speed.prepared` made: the models and the samples of every step, in the
-order in which each contender sees them. Standard input says how many steps are next, standard output answers with one
-JSON object for them; what the contender itself prints goes to standard error. Those that are not ours import nothing of ours.
+NAME is a function of this module or of `rlhf_contenders.py`. FOLDER holds what `samples.prepare` made: the models and the
+samples of every step, in the order in which each contender sees them. Standard input says how many steps are next, standard
+output answers with one JSON object for them; what the contender itself prints goes to standard error. Those that are not ours
+import nothing of ours.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.bench.gate import AtGate, Gate
+
 LR, BETAS, WEIGHT_DECAY, GRAD_CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 IGNORED = -100  # a label that is no target
 Sample = dict[str, torch.Tensor]  # input_ids, position_ids, labels, each [T]
-
-
-class Gate:
-    """Lets as many steps pass as the harness asks for, and tells it what they took."""
-
-    def __init__(self) -> None:
-        self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        self._left, self._tokens, self._losses = 0, 0, list[float]()
-
-    def open(self) -> None:
-        """Everything is loaded; the first step is next."""
-        _reset_peak_memory()
-        self._start_bytes = _memory("VmRSS")
-        self._answer({})
-        self._wait()
-
-    def took(self, tokens: int) -> None:
-        """Tokens that are not padding, of a batch of this step."""
-        self._tokens += tokens
-
-    def step(self, loss: float) -> None:
-        """A step is done. Returns when the next one may begin."""
-        self._losses.append(loss)
-        self._left -= 1
-        if self._left == 0:
-            seconds, cpu_seconds = time.perf_counter() - self._since, time.process_time() - self._cpu_since
-            answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": self._tokens, "losses": self._losses}
-            self._answer(answer | {"peak_bytes": _memory("VmHWM"), "start_bytes": self._start_bytes})
-            self._wait()
-
-    def _answer(self, what: dict[str, Any]) -> None:
-        print(json.dumps(what), file=self._answers, flush=True)
-
-    def _wait(self) -> None:
-        line = sys.stdin.readline()
-        if not line:  # nothing is left to clean up: every contender works in a temporary folder
-            os._exit(0)
-        self._left, self._tokens, self._losses = int(line), 0, []
-        self._since, self._cpu_since = time.perf_counter(), time.process_time()
-
-
-def _memory(field: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def _reset_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
 
 # A loop of bare PyTorch, as one writes it by hand.
 
@@ -183,7 +135,7 @@ def _trl_sft(gate: Gate, folder: Path, **settings: Any) -> None:
     samples = [{name: s[name].tolist() for name in ("input_ids", "labels")} for s in torch.load(folder / "sft.pt")]
     arguments = SFTConfig(**(SETTINGS | settings))
     tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
-    _gated(SFTTrainer, gate)(model, arguments, train_dataset=_dataset(samples), processing_class=tokenizer).train()
+    _gated(SFTTrainer, gate)(model, arguments, train_dataset=dataset(samples), processing_class=tokenizer).train()
 
 
 def trl_reward_defaults(gate: Gate, folder: Path) -> None:
@@ -201,11 +153,11 @@ def _trl_reward(gate: Gate, folder: Path, **settings: Any) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folder / "rm", dtype=torch.float32)
     pairs = [{name: ids.tolist() for name, ids in pair.items()} for pair in torch.load(folder / "reward.pt")]
     arguments = RewardConfig(**(SETTINGS | settings))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "rm")
-    _gated(RewardTrainer, gate)(model, arguments, train_dataset=_dataset(pairs), processing_class=tokenizer).train()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
+    _gated(RewardTrainer, gate)(model, arguments, train_dataset=dataset(pairs), processing_class=tokenizer).train()
 
 
-def _dataset(rows: list[dict[str, list[int]]]) -> Any:
+def dataset(rows: list[dict[str, Any]]) -> Any:
     import datasets
 
     return datasets.Dataset.from_list(rows)
@@ -213,58 +165,53 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
 
 def _gated(trainer: type, gate: Gate) -> type:
     """The trainer, waiting at the gate after every step."""
-    from transformers import TrainerCallback
 
-    losses: list[float] = []
-
-    class AtGate(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            gate.open()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            gate.step(sum(losses))
-            losses.clear()
-
-    class Gated(trainer):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, callbacks=[AtGate()], **kwargs)
-
+    class Gated(waiting(trainer, gate)):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             mask = inputs.get("attention_mask")
             gate.took(inputs["input_ids"].numel() if mask is None else int(mask.sum()))
             loss = super().training_step(model, inputs, *args, **kwargs)
-            losses.append(loss.item())
+            self.losses.append(loss.item())
             return loss
 
     return Gated
 
 
+def waiting(trainer: type, gate: Gate) -> type:
+    """The trainer at the gate; it has to note its `losses`."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def __init__(self, losses: list[float]):
+            self.losses = losses
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            gate.open()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            gate.step(sum(self.losses))
+            self.losses.clear()
+
+    class Waiting(trainer):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any):
+            self.losses = list[float]()
+            super().__init__(*args, callbacks=[Callback(self.losses)], **kwargs)
+
+    return Waiting
+
+
 # Ours, whole: the run that the command line starts.
 
 
-def ours(gate: Gate, folder: Path, stage: str, *overrides: str) -> None:
+def ours_supervised(gate: Gate, folder: Path, stage: str, *overrides: str) -> None:
     from llmscale.batch import Batch
     from llmscale.checkpoint.run_directory import open_run
     from llmscale.compose import compose
-    from llmscale.protocols import Tracker
     from llmscale.stages.supervised import SupervisedRun
-
-    class AtGate:
-        """The run's own trackers, and then the gate."""
-
-        def __init__(self, inner: Tracker):
-            self.inner = inner
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-        def log(self, step: int, metrics: dict[str, float]) -> None:
-            self.inner.log(step, metrics)
-            gate.step(metrics["train/loss"])
 
     class Gated(SupervisedRun):
         def open_tracker(self) -> Any:
-            tracker = AtGate(super().open_tracker())
+            tracker = AtGate(super().open_tracker(), gate, "train/loss")
             gate.open()
             return tracker
 
@@ -281,7 +228,8 @@ def ours(gate: Gate, folder: Path, stage: str, *overrides: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     name, folder, *arguments = sys.argv[1:]
-    globals()[name](Gate(), Path(folder), *arguments)
+    rlhf = import_module("tests.bench.rlhf_contenders")
+    (globals() | vars(rlhf))[name](Gate(), Path(folder), *arguments)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@ draw them, in files that are read without a line of ours."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from llmscale.batch import Batch
+from llmscale.batch import Batch, Prompt
 from llmscale.compose import compose
+from llmscale.data.splits import load_prompts
+from llmscale.models.loading import load_tokenizer
 from llmscale.packing import best_fit
 from llmscale.stages.supervised import SupervisedRun
 
@@ -17,9 +21,10 @@ DATA = {
     "pretrain": "pretrain/c4_demo.jsonl",
     "sft": "instruct/alpaca_en_demo.json",
     "reward": "preference/dpo_en_demo.json",
+    "rlhf": "instruct/alpaca_en_demo.json",
 }
 PER_STEP = {"pretrain": 4, "sft": 8, "reward": 8}  # samples of a rank; 8, and at most 1024 tokens, are TRL's defaults
-MAX_TOKENS = {"pretrain": 256, "sft": 1024, "reward": 1024}
+MAX_TOKENS = {"pretrain": 256, "sft": 1024, "reward": 1024, "rlhf": 256}
 NEW_MODEL = [  # 6.4M parameters and a tied embedding of 1M
     "model.vocab_size=4096",
     "model.hidden_size=256",
@@ -28,16 +33,32 @@ NEW_MODEL = [  # 6.4M parameters and a tied embedding of 1M
     "model.num_heads=4",
     "model.max_position=1024",
 ]
+BIGGER_MODEL = [  # 31M
+    *NEW_MODEL,
+    "model.hidden_size=512",
+    "model.intermediate_size=1408",
+    "model.num_layers=9",
+    "model.num_heads=8",
+]
+SAMPLED = [  # what an RLHF step samples, of prompts that leave room for it
+    "training.prompts_per_step=8",
+    "rollout.group_size=8",
+    "rollout.max_new_tokens=64",
+    "rollout.unit_size=64",  # one batch, as TRL has it
+    "algorithm.global_batch_size=64",
+    "data.too_long=drop",
+]
 IGNORED = -100  # a label that is no target
 Sample = dict[str, torch.Tensor]
 
 
 def settings(stage: str, folder: Path, data: Path, ranks: int = 1) -> list[str]:
     """Overrides for our run of a stage, all but the name of the run, the model and the engine."""
+    per_step = [f"training.global_batch_size={ranks * PER_STEP[stage]}"] if stage in PER_STEP else SAMPLED
     return [
+        *per_step,
         f"data.train={data / DATA[stage]}",
         f"data.max_seq_len={MAX_TOKENS[stage]}",
-        f"training.global_batch_size={ranks * PER_STEP[stage]}",
         "training.num_steps=1000000",
         "training.eval_every_steps=1000000",
         "training.save_every_steps=1000000",
@@ -51,8 +72,8 @@ def settings(stage: str, folder: Path, data: Path, ranks: int = 1) -> list[str]:
 
 
 def prepare(folder: Path, data: Path, num_steps: int) -> None:
-    """Writes `lm` and `rm`, a language and a reward model; `pretrain.pt`, `sft.pt` and `reward.pt`, the samples of
-    `num_steps` steps; and `sft_rows.pt`, those of sft in rows of 1024 tokens."""
+    """Writes `lm`, `lm30` and `rm`, two language models and a reward model; `pretrain.pt`, `sft.pt` and `reward.pt`, the
+    samples of `num_steps` steps; `sft_rows.pt`, those of sft in rows of 1024 tokens; and `prompts.json`, conversations."""
     for stage, model in (
         ("pretrain", NEW_MODEL),
         ("sft", [f"model.path={folder}/lm"]),
@@ -69,6 +90,21 @@ def prepare(folder: Path, data: Path, num_steps: int) -> None:
             rows = best_fit([len(sample["input_ids"]) for sample in samples], MAX_TOKENS["sft"])
             packed = [[samples[i] for i in row] for row in rows]
             torch.save([{k: torch.cat([s[k] for s in row]) for k in row[0]} for row in packed], folder / "sft_rows.pt")
+    bigger = compose("pretrain", [*settings("pretrain", folder, data), *BIGGER_MODEL, "run.name=bigger"])
+    run = SupervisedRun(bigger, bigger.run_dir)
+    run.engine.export(folder / "lm30", run.tokenizer)
+    prompts = drawn_prompts(folder, data, num_steps)
+    (folder / "prompts.json").write_text(json.dumps([prompt.messages for prompt in prompts]))
+
+
+def drawn_prompts(folder: Path, data: Path, num_steps: int) -> list[Prompt]:
+    """Those that our RLHF run draws."""
+    path = f"{folder}/lm"
+    given = [f"model.path={path}", "reward=function", f"reward.path={__file__}:none", "algorithm=grpo"]
+    config = compose("rlhf", [*settings("rlhf", folder, data), *given])
+    prompts = load_prompts(config.data, load_tokenizer(path), config.rollout.max_new_tokens)
+    draws = range(num_steps * config.training.prompts_per_step)
+    return [prompts.train[i] for i in prompts.order(config.run.seed).at(np.array(draws)).tolist()]
 
 
 def sequences(batch: Batch) -> Iterator[Sample]:

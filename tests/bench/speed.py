@@ -37,11 +37,17 @@ class Group:
 
 
 BARE, DDP, TRL = "bare loop", "bare loop, DDP", "TRL as it comes"
+GENERATE = "transformers' generate"
 SINGLE, ZERO = "ours, single", "ours, ZeRO-2"
-BEST_TRL = "the best of TRL"
+TRL_PLAIN, BEST_TRL = "TRL without activation checkpointing", "the best of TRL"
+TRL_WITH_PPO = Path(
+    "/tmp/scratch/grpobench/trl112"
+)  # the last release that has a PPOTrainer; `make bench` puts it there
 FP32, BF16 = "engine.precision=fp32", "engine.precision=bf16"
+RULE = ("reward=function", f"reward.path={ROOT}/tests/bench/rlhf_contenders.py:vowels")
+BIGGER = "model.path={folder}/lm30"  # `turns` knows the folder
 # Rounds, steps: to be 0.97 of something takes more of them than to be 3 times it; a step of pairs is ten thousand tokens.
-PRECISE, ROUGH, LONG = (16, 4), (8, 2), (8, 1)
+PRECISE, ROUGH, LONG, SLOW = (16, 4), (8, 2), (8, 1), (5, 1)
 
 GROUPS = {
     "pretrain": Group(
@@ -67,7 +73,7 @@ GROUPS = {
         *ROUGH,
         (
             Contender(TRL, ("trl_sft_defaults",)),
-            Contender("TRL without activation checkpointing", ("trl_sft",)),
+            Contender(TRL_PLAIN, ("trl_sft",)),
             Contender("TRL, the same, batches of like length", ("trl_sft_by_length",)),
             Contender("TRL, the same, padding-free", ("trl_sft_padding_free",)),
             Contender("TRL, the same, packing, one row a step", ("trl_sft_packing",)),
@@ -81,9 +87,54 @@ GROUPS = {
         *LONG,
         (
             Contender(TRL, ("trl_reward_defaults",)),
-            Contender("TRL without activation checkpointing", ("trl_reward",)),
+            Contender(TRL_PLAIN, ("trl_reward",)),
             Contender(SINGLE, ("ours", "reward", "engine=single", BF16), {TRL: 1.8}),
             Contender(ZERO, ("ours", "reward", "engine=deepspeed", BF16)),
+        ),
+    ),
+    "generate": Group(
+        "Sampling alone: 8 prompts x 8 completions of 1 to 128 tokens, bf16",
+        *ROUGH,
+        (
+            Contender(GENERATE, ("generate",)),
+            Contender("ours, rollout=hf", ("ours_generate",), {GENERATE: 1.3}),
+        ),
+    ),
+    "grpo": Group(
+        "GRPO: alpaca_en_demo, 8 prompts x 8 completions x 64 tokens, KL to a reference, bf16",
+        *SLOW,
+        (
+            Contender(TRL, ("trl_grpo_defaults",)),
+            Contender(TRL_PLAIN, ("trl_grpo",)),
+            Contender("TRL, the same, all sequences at once", ("trl_grpo_at_once",)),
+            Contender(SINGLE, ("ours", "rlhf", "algorithm=grpo", *RULE, BF16), {TRL: 1 / 0.65, BEST_TRL: 1 / 0.65}),
+        ),
+    ),
+    "grpo30": Group(
+        "The same with a model of 31M",
+        *SLOW,
+        (
+            Contender(TRL, ("trl_grpo_defaults", "lm30")),
+            Contender(TRL_PLAIN, ("trl_grpo", "lm30")),
+            Contender("TRL, the same, all sequences at once", ("trl_grpo_at_once", "lm30")),
+            Contender(
+                SINGLE,
+                ("ours", "rlhf", "algorithm=grpo", *RULE, BF16, BIGGER),
+                {TRL: 1 / 0.55, BEST_TRL: 1 / 0.55},
+            ),
+        ),
+    ),
+    "ppo": Group(
+        "PPO: the same prompts and number of samples, a learned reward, one epoch, fp32; TRL 1.12",
+        *SLOW,
+        (
+            Contender(TRL, ("trl_ppo_defaults",), packages=TRL_WITH_PPO),
+            Contender(TRL_PLAIN, ("trl_ppo",), packages=TRL_WITH_PPO),
+            Contender(
+                SINGLE,
+                ("ours", "rlhf", "algorithm=ppo", "reward.path={folder}/rm", FP32),
+                {TRL: 1 / 0.6, BEST_TRL: 1 / 0.6},
+            ),
         ),
     ),
 }
@@ -109,7 +160,19 @@ def table(group: Group, turns: Mapping[Contender, Sequence[Turn]]) -> list[str]:
             " ".join(f"{loss:.4f}" for loss in own[0].losses[:2]),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return [*lines, "", *verdicts(turns), ""]
+    return [*lines, "", *verdicts(turns), *splits(turns, group.steps), ""]
+
+
+def splits(turns: Mapping[Contender, Sequence[Turn]], steps: int) -> list[str]:
+    """Where the time of a step went, of those that tell."""
+    lines = []
+    for contender, own in turns.items():
+        medians = {name: statistics.median(t.parts.get(name, 0.0) for t in own[1:]) / steps for name in own[-1].parts}
+        if medians:
+            step = statistics.median(turn.seconds for turn in own[1:]) / steps
+            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in medians.items())
+            lines.append(f"- {contender.title}: {step:.2f} s a step, of it {parts}")
+    return lines
 
 
 def ratios(
@@ -169,6 +232,10 @@ def main() -> None:
         folder = Path(name)
         prepare(folder, arguments.data, max(2 * group.steps * (group.rounds + 1) for group in groups))
         for group in groups:
+            lacking = {str(c.packages) for c in group.contenders if c.packages and not c.packages.is_dir()}
+            if lacking:
+                print(f"### {group.title}\n\nLeft out: `make bench` puts TRL 1.12 into {lacking.pop()}.\n", flush=True)
+                continue
             before = machine()
             turns = measure(group.contenders, group.rounds, group.steps, folder, arguments.data)
             print("\n".join(table(group, turns)), f"On {before}.", "", sep="\n", flush=True)

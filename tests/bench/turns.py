@@ -34,6 +34,7 @@ class Contender:
     command: tuple[str, ...]  # a function of contenders.py, and its arguments
     targets: Mapping[str, float] = field(default_factory=dict)  # title of a reference -> least ratio
     ranks: int = 1
+    packages: Path | None = None  # a folder of packages that come before the installed ones
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Turn:
     losses: tuple[float, ...]
     peak_bytes: int  # resident, since the first step of all
     start_bytes: int  # resident before that
+    parts: Mapping[str, float] = field(default_factory=dict)  # what of it took how many seconds, where that is told
 
     @property
     def tokens_per_s(self) -> float:
@@ -65,9 +67,13 @@ class Running:
             stage, *own = arguments
             model = folder / ("rm" if stage == "reward" else "lm")
             given = [f"model.path={model}", f"run.name={self._log.stem}"]
+            own = [setting.format(folder=folder) for setting in own]
             arguments = [stage, *settings(stage, folder, data, contender.ranks), *given, *own]
+            name = "ours_rlhf" if stage == "rlhf" else "ours_supervised"
         command = [sys.executable, "-m", "tests.bench.contenders", name, str(folder), *arguments]
         environment = os.environ | QUIET | {"HF_HOME": str(folder / "huggingface")}
+        if contender.packages is not None:
+            environment["PYTHONPATH"] = str(contender.packages)
         if contender.ranks > 1:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         with self._log.open("w") as log:
@@ -100,7 +106,8 @@ class Running:
         answers = self.answers()
         total = {name: sum(a[name] for a in answers) for name in ("tokens", "cpu_seconds", "peak_bytes", "start_bytes")}
         seconds = max(answer["seconds"] for answer in answers)
-        self.turns.append(Turn(seconds=seconds, losses=tuple(answers[0]["losses"]), **total))
+        first = {"losses": tuple(answers[0]["losses"]), "parts": answers[0]["parts"]}
+        self.turns.append(Turn(seconds=seconds, **first, **total))
 
     def __enter__(self) -> Running:
         return self

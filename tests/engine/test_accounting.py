@@ -42,6 +42,15 @@ def test_each_term_is_divided_by_its_own_count_over_the_whole_step():
     )
 
 
+def test_a_maximum_is_that_of_all_micro_batches():
+    totals = StepTotals(batches({"tokens": 4}, {"tokens": 4}))
+    for largest in (0.5, 2.0, 1.0):
+        totals.add(LossSums({"tokens": scalar(2.0)}, maxima={"gap": torch.tensor(largest)}))
+    assert totals.metrics()["gap"] == 2.0
+    totals.add(LossSums({"tokens": scalar(2.0)}, maxima={"gap": torch.tensor(math.nan)}))
+    assert math.isnan(totals.metrics()["gap"])
+
+
 def test_one_term_is_called_the_loss():
     totals = StepTotals(batches({"tokens": 4}))
     totals.add(LossSums({"tokens": scalar(2.0)}))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from llmscale.config import check
@@ -65,6 +66,23 @@ def test_a_build_that_was_killed_stops_nobody(tmp_path: Path):
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent)}
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=100, check=True, cwd=ROOT)
     assert not (folder / "lock").exists() and (folder / "deepspeed_shm_comm.so").stat().st_size > 0
+
+
+def test_runs_of_one_process_share_no_memory(one_process: Path):
+    """DeepSpeed names it by the address and port of the group, and a group of one has neither."""
+    from llmscale.engine import deepspeed as module
+
+    names: list[str] = []
+    environment = dict(os.environ)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("MASTER_PORT", raising=False)
+            patch.setattr(module, "_forget_shared_buffer", lambda: names.append(os.environ["MASTER_PORT"]))
+            module._join_group(torch.device("cpu"))
+            assert names == [f"process-{os.getpid()}"] and "MASTER_PORT" not in os.environ
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_parameters"])

@@ -77,6 +77,22 @@ def test_at_the_old_policy_the_gradient_is_the_plain_policy_gradient():
     assert metrics["loss"] == pytest.approx(-batch["advantages"][mask].mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_update_that_says_itself_what_the_old_policy_said(name: str):
+    """The gradient is that of known log-probabilities; the metrics compare what the rollout said with what the trainer says."""
+    model, examples = language_model(), experiences([9, 6, 12])
+    objective = PolicyObjective(algorithm(name), TEMPERATURE, 0.0, old_is_rollout=True)
+    metrics, gradient = step(model, objective, [objective.prepare(examples[:2]), objective.prepare(examples[2:])])
+    before, known = PolicyObjective(algorithm(name), TEMPERATURE, 0.0), with_own_logprobs(model, examples)
+    batch = before.prepare(examples)
+    difference = (known["old_logprobs"] - batch["old_logprobs"])[known["loss_mask"]]
+    batch.tensors["old_logprobs"] = known["old_logprobs"]
+    _, expected = step(model, before, [batch])
+    assert expected.norm() > 0 and (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert metrics["logprob_diff"] == pytest.approx(difference.abs().max().item(), rel=1e-5)
+    assert metrics["approx_kl"] == pytest.approx((difference.exp() - 1 - difference).mean().item(), rel=1e-4)
+
+
 def test_metrics_of_a_policy_that_moved():
     model, examples = language_model(), experiences([9, 6, 12])
     objective = policy_objective()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmscale.compose import compose
 from tests.rl.settings import ALGORITHMS, setting
 from tests.stages.runs import arguments, kill_when, records, succeed, weights, without_times
 
@@ -29,7 +30,22 @@ def test_an_algorithm_runs_with_the_models_that_it_needs(name: str, chain: Path,
     for step in records(run_dir / "metrics.jsonl")[1:]:
         assert ("value/explained_var" in step, "kl/ref" in step) == (needs.needs_critic, needs.needs_reference)
         assert all(math.isfinite(value) for value in step.values())
+        assert 0 < step["rollout/logprob_diff"] < 1e-4
         assert step["policy/importance"] == 1 and 0 <= step["reward/equal_groups"] <= 1
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_policy_is_asked_before_an_update_only_where_that_is_needed(name: str) -> None:
+    given = ["data.train=any", "model.path=any", "reward.path=any", f"algorithm={name}", "rollout.group_size=8"]
+
+    def asked(*more: str) -> bool:
+        sizes = ["training.prompts_per_step=8", "algorithm.global_batch_size=64"]
+        return bool(compose("rlhf", [*given, *sizes, *more]).scores_by_policy)
+
+    in_reward = ("ppo", "rloo", "reinforce_pp")  # the KL that is taken off a reward
+    assert asked() == (name in in_reward)
+    assert asked("algorithm.global_batch_size=32") and asked("algorithm.num_epochs=2")
+    assert asked("algorithm.correction=truncated")
 
 
 DAPO = ["algorithm=dapo", "algorithm.max_draws=3", *RULE, "training.num_steps=4", "training.save_every_steps=1"]

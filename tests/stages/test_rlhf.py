@@ -84,8 +84,9 @@ def test_two_epochs_move_the_ratio_away_from_one(chain: Path, tmp_path: Path) ->
     assert step["policy/approx_kl"] > 1e-4 and step["policy/clipfrac"] > 0
 
 
-def test_a_difference_between_rollout_and_trainer_stops_the_run(chain: Path, tmp_path: Path) -> None:
-    overrides = ["rollout.max_logprob_diff=1e-12"]
+@pytest.mark.parametrize("name", ["ppo", "grpo"])  # known before the update, and in it
+def test_a_difference_between_rollout_and_trainer_stops_the_run(chain: Path, tmp_path: Path, name: str) -> None:
+    overrides = ["rollout.max_logprob_diff=1e-12", f"algorithm={name}"]
     assert run(arguments("rlhf", tmp_path, *from_chain(chain), *overrides), tmp_path / "log") == 1
     printed = (tmp_path / "log").read_text()
     assert "rollout.max_logprob_diff: rollout and trainer log-probabilities differ by" in printed
