@@ -60,6 +60,7 @@ def report(tool: dict[int, Curve], control: dict[int, Curve], processors: int) -
         "The SFT model has seen that the calculator is asked in half of the demonstrations and that the others guess.",
         "`right`: percent of 256 held-out products whose answer is right, sampled at temperature 1, by step; step 0 is the SFT",
         "model, on the same products with the same random numbers. `asks`: questions to the calculator for each product.",
+        "Without the tool a question is the answer, and wrong; so are guesses, which the demonstrations have always wrong.",
         "",
         f"Gain at the end: {', '.join(f'{g:+.1f}' for g in gains)} points, {mean(gains):+.1f} on average. Without the tool the "
         f"end is {mean(without):.1f} percent.",
