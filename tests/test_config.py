@@ -328,6 +328,8 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
         ("rlhf", ["rollout.max_new_tokens=256"], "rollout.max_new_tokens"),
         ("rlhf", ["algorithm.global_batch_size=65"], "algorithm.global_batch_size"),
         ("rlhf", ["rollout.temperature=0"], "rollout.temperature"),
+        ("rlhf", ["rollout.top_p=0.9"], "rollout"),
+        ("rlhf", ["rollout.top_k=5"], "rollout"),
         ("rlhf", ["training.keep_checkpoints=0"], "training.keep_checkpoints"),
         ("pretrain", ["engine=deepspeed", "engine.zero_stage=0"], "engine.zero_stage"),
         ("pretrain", ["engine=deepspeed", "engine.zero_stage=4"], "engine.zero_stage"),

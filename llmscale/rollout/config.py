@@ -13,19 +13,27 @@ from llmscale.config import Problem, at_least, option
 
 @dataclass
 class RolloutConfig:
-    """Sampling. Truncation (top-p, top-k) is left out on purpose: the sampled distribution would no longer be the one
-    whose log-probabilities are trained."""
+    """Sampling."""
 
     name: str = MISSING
     temperature: float = 1.0  # divides the logits; 0 is greedy, for generate and chat only
+    top_k: int | None = None  # sample among the k likeliest tokens alone; not in rlhf. None: all
+    top_p: float = 1.0  # among the likeliest that together have this probability (Holtzman et al. 2020); not in rlhf
     max_new_tokens: int = 64  # longest completion in tokens; with an environment, of one turn
     group_size: int | None = None  # completions per prompt; None: 8 where rlhf's algorithm compares them, else 1
     unit_size: int = 32  # samples of one dispatch unit: generated as one batch on one worker, retried whole
     # Largest |rollout - trainer log-probability| of fresh samples; null: 1e-4 in fp32, 0.5 in bf16
     max_logprob_diff: float | None = None
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or self.top_p < 1
+
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, temperature=0, max_new_tokens=1, group_size=1, unit_size=1, max_logprob_diff=0)
+        yield from at_least(self, top_k=1)
+        if not 0 < self.top_p <= 1:
+            yield "top_p", f"must be above 0 and at most 1, is {self.top_p}", "0.9 is common; 1 leaves nothing out."
 
 
 @option("rollout", "hf", builds="llmscale.rollout.hf:HFRollout")

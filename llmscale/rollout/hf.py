@@ -56,7 +56,7 @@ class HFRollout:
         logprobs: list[list[float]] = [[] for _ in requests]
         for position in range(self.config.max_new_tokens):
             rows = [requests[int(i)] for i in going]
-            tokens, chosen = sample(logits, rows, position, self.config.temperature, self.seed)
+            tokens, chosen = sample(logits, rows, position, self.config, self.seed)
             for request, token, logprob in zip(going, tokens.tolist(), chosen.tolist(), strict=True):
                 completions[request].append(token)
                 logprobs[request].append(logprob)

@@ -5,13 +5,16 @@ does not depend on which worker or attempt samples it, nor on what else is in th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from llmscale.protocols import SamplingRequest
 from llmscale.randomness import random_words
+from llmscale.rollout.config import RolloutConfig
 
 
 def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position: int, size: int) -> np.ndarray:
@@ -32,12 +35,13 @@ def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position
 
 
 def sample(
-    logits: Tensor, requests: Sequence[SamplingRequest], position: int, temperature: float, seed: int
+    logits: Tensor, requests: Sequence[SamplingRequest], position: int, config: RolloutConfig, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The next token of each row, int64 [B], and its log-probability, float32 [B]. `logits`: [B, V], of the token at
-    `position` of each completion. `temperature` 0 chooses the likeliest."""
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1).cpu().numpy()
-    if temperature == 0:
+    """The next token of each row, int64 [B], and its log-probability in what it was sampled from, float32 [B]. `logits`:
+    [B, V], of the token at `position` of each completion. `temperature` 0 chooses the likeliest."""
+    logits = truncated(logits.float() / (config.temperature or 1.0), config)
+    logprobs = torch.log_softmax(logits, dim=-1).cpu().numpy()
+    if config.temperature == 0:
         chosen = logprobs.argmax(-1)
     else:
         chosen = np.empty(len(requests), dtype=np.int64)
@@ -46,3 +50,13 @@ def sample(
             noise += logprobs[row]
             chosen[row] = noise.argmax()
     return chosen, logprobs[np.arange(len(chosen)), chosen]
+
+
+def truncated(logits: Tensor, config: RolloutConfig) -> Tensor:
+    """[B, V] with -inf where `top_k` or `top_p` leaves a token out; `top_p` counts what `top_k` left."""
+    unused: Any = None  # the ids so far
+    if config.top_k is not None:
+        logits = TopKLogitsWarper(config.top_k)(unused, logits)
+    if config.top_p < 1:
+        logits = TopPLogitsWarper(config.top_p)(unused, logits)
+    return logits

@@ -231,6 +231,9 @@ class RlhfConfig(TrainedConfig):
             yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
+        if self.rollout.truncates:
+            what = "what is left after top_k or top_p is not the policy whose log-probabilities are trained"
+            yield "rollout", what, "Leave both out; a temperature is accounted for."
         if self.algorithm.needs_groups and self.group_size < 2:
             what = "this algorithm compares the samples of a prompt with each other, and there is one of each"
             yield "rollout.group_size", what, "Set it to 4 or more."
@@ -332,8 +335,8 @@ class CollectConfig(StageConfig):
                 yield "method.num_beams", what, "Raise it, or leave it out."
             if self.rollout.name != "hf":
                 yield "rollout", "beam search runs on rollout=hf alone", "Choose it."
-            if temperature != 1:
-                yield "rollout.temperature", "beam search samples nothing", "Leave it at 1."
+            if temperature != 1 or self.rollout.truncates:
+                yield "rollout", "beam search samples nothing", "Leave temperature, top_k and top_p out."
         elif temperature == 0 and self.num_samples > 1:
             yield "rollout.temperature", "greedy samples are all the same", "Set it above 0, or num_samples=1."
 

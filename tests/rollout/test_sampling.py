@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from llmscale.rollout.sampling import gumbel_noise
+from llmscale.protocols import SamplingRequest
+from llmscale.rollout.config import HFRolloutConfig
+from llmscale.rollout.sampling import gumbel_noise, sample
+from tests.tiny import prompt
 
 
 def test_is_standard_gumbel():
@@ -32,3 +36,26 @@ def test_neighbouring_keys_share_no_number(key: str):
         noise = gumbel_noise(**(keys | {key: keys[key] + offset}), size=500).tolist()
         assert not seen & set(noise)
         seen |= set(noise)
+
+
+P = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.8}, [4 / 9, 3 / 9, 2 / 9, 0]),  # 0.7 is not enough, 0.9 is
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),  # 4/9 is not enough
+        ({"top_p": 1e-9}, [1, 0, 0, 0]),
+    ],
+)
+def test_truncation_renormalises_what_is_left(settings: dict[str, float], expected: list[float]):
+    config, num = HFRolloutConfig(**settings), 4000
+    requests = [SamplingRequest(prompt([1]), draw_id, 0) for draw_id in range(num)]
+    tokens, logprobs = sample(P.log().expand(num, -1), requests, 0, config, seed=1)
+    shares = np.bincount(tokens, minlength=4) / num
+    assert np.abs(shares - expected).max() < 4 * 0.5 / np.sqrt(num)
+    assert not shares[np.array(expected) == 0].any()
+    np.testing.assert_allclose(np.exp(logprobs), np.array(expected)[tokens], rtol=1e-5)

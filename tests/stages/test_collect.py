@@ -358,7 +358,7 @@ def test_every_cluster_and_engine_composes(override: str) -> None:
         ),
         (["method=beam", "method.num_beams=4"], "method.num_beams", "num_samples=8"),
         (["method=beam", "method.length_penalty=-1"], "method.length_penalty", "at least 0"),
-        (["method=beam", "rollout.temperature=0.7"], "rollout.temperature", "samples nothing"),
+        (["method=beam", "rollout.temperature=0.7"], "rollout", "samples nothing"),
         (["method=rejection"], "method.min_score", "neither"),
         (["method=rejection", "method.min_score=1", "method.keep_fraction=0.5"], "method.min_score", "both"),
         (["method=rejection", "method.keep_fraction=0"], "method.keep_fraction", "above 0"),
