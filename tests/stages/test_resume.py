@@ -13,6 +13,8 @@ from tests.stages.runs import arguments, kill_when, num_lines, pipeline, records
 STAGES = ("pretrain", "sft", "reward", "rlhf")
 # Long enough that a kill comes before the end on a busy machine too.
 NUM_STEPS = {"pretrain": 40, "sft": 60, "reward": 40, "rlhf": 10}
+# What keeps a state of its own besides weights, optimizer and position: an average of the weights, a coefficient that adapts.
+STATEFUL = {"rlhf": ["optim.ema_decay=0.9", "algorithm.kl_target=1", "algorithm.kl_horizon=200"]}
 
 
 def from_chain(stage: str, chain: Path) -> list[str]:
@@ -25,7 +27,7 @@ def from_chain(stage: str, chain: Path) -> list[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_continues_as_if_nothing_had_happened(stage: str, chain: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    overrides = [*from_chain(stage, chain), f"training.num_steps={NUM_STEPS[stage]}"]
+    overrides = [*from_chain(stage, chain), f"training.num_steps={NUM_STEPS[stage]}", *STATEFUL.get(stage, [])]
     succeed(arguments(stage, whole, *overrides), tmp_path / "whole.log")
     argv = arguments(stage, killed, *overrides)
     metrics = killed / "demo" / stage / "metrics.jsonl"
@@ -42,6 +44,8 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(stage: str, chain: Pa
         same = ("draw_id", "sample_index", "token_ids", "rollout_logprobs", "reward")
         rows = [[{k: r[k] for k in same} for r in records(run / "samples.jsonl")] for run in (own, other)]
         assert rows[0] == rows[1]
+        steps = [r for r in records(metrics) if "kl/coef" in r]
+        assert len({r["kl/coef"] for r in steps}) == len(steps) == NUM_STEPS[stage]  # it did adapt
 
 
 def test_a_pipeline_killed_in_every_stage_finishes_by_the_same_command(tmp_path: Path) -> None:
