@@ -90,16 +90,20 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         result = entry(configs if stage == "pipeline" else configs[stage])
     except LlmscaleError as error:
-        named = (
-            f"{path}={error.where}" for c in configs.values() for path, v in leaves(to_dict(c)) if v == error.where
-        )
-        error.where = next(named, error.where) if error.where else None  # the key that named a file or a model
+        error.where = _named(error.where, [pair for c in configs.values() for pair in leaves(to_dict(c))])
         raise
     if results := result if stage == "pipeline" else {stage: result} if result else {}:
         from llmscale.stages.summary import print_summary
 
         print_summary(results)
     return 0
+
+
+def _named(where: str | None, values: Sequence[tuple[str, Any]]) -> str | None:
+    """The place of an error with the key that gave it, where it is a file or a model and no key itself."""
+    if not where or any(f"{path}.".startswith(f"{where}.") for path, _ in values):
+        return where or None
+    return next((f"{path}={where}" for path, value in values if value == where), where)
 
 
 def _entry(reference: str) -> Any:

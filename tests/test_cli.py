@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmscale.cli import SUMMARY, main
+from llmscale.cli import SUMMARY, _named, main
 from llmscale.compose import choices, compose
 from llmscale.config import STAGE, from_dict, options
 
@@ -70,9 +70,18 @@ def test_help_of_a_stage_shows_its_own_defaults_and_choices(llmscale):
     assert "optim.lr=0.0001 " in out, "of conf/rlhf.yaml, not of the dataclass"
     assert "reward.path=${run.dir}/${run.name}/reward" in out
     assert "fp32 | bf16" in out
-    assert "[learned], length" in out
+    assert (
+        "[learned],\n" in out and "\n                        length, logic," in out
+    )  # a long list goes on below itself
     assert "Peak learning rate" in out
     assert "model.path=(needed)" in llmscale("generate", "-h")[1]
+
+
+def test_the_place_of_an_error_gets_the_key_that_named_it():
+    values = [("model.path", "runs/a"), ("algorithm.kl_place", "reward"), ("reward.path", "r"), ("run.seed", 0)]
+    assert _named("runs/a", values) == "model.path=runs/a"
+    assert _named("reward", values) == "reward" and _named("run.seed", values) == "run.seed"
+    assert _named("draw 3, sample 1", values) == "draw 3, sample 1" and _named(None, values) is None
 
 
 def test_help_can_be_cut_off():

@@ -151,7 +151,11 @@ class ChatRenderer:
         backend.no_truncation()
         backend.encode_special_tokens = True
         offsets = backend.encode(text, add_special_tokens=False).offsets
-        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]] + CUT
+        if len(offsets) <= max_tokens:
+            return text
+        # A character may take several tokens: the last is kept if all of them are.
+        end = min(offsets[max_tokens - 1][1], offsets[max_tokens][0])
+        return text[:end] + CUT
 
     def decode(self, token_ids: np.ndarray | list[int]) -> str:
         """Text without special tokens."""

@@ -281,8 +281,12 @@ def _from_pretrained(auto: type, path: str, dropout: float, **kwargs: object) ->
 
 
 def _without_weights(auto: Any, path: str, dropout: float, **kwargs: object) -> PreTrainedModel:
-    with torch.device("meta"):
-        hf = auto.from_config(_with_dropout(_read_config(path, **kwargs), dropout))
+    config = _with_dropout(_read_config(path, **kwargs), dropout)
+    try:
+        with torch.device("meta"):
+            hf = auto.from_config(config, dtype=torch.float32)  # else as saved
+    except ValueError as error:
+        raise _not_loaded(error, path) from error
     if hf.can_generate():
         with suppress(OSError):  # there is none: it keeps that of its config
             hf.generation_config = GenerationConfig.from_pretrained(resolve(path))

@@ -55,23 +55,25 @@ def unscored(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> lis
 
 
 def admitted(trajectories: Sequence[Trajectory], scores: Sequence[Score], *, whole_draws: bool) -> list[int]:
-    """Indexes of the samples to learn from, in order. `whole_draws`: a draw that lacks a score goes altogether.
-
-    Raises: NumericsError when none is left.
-    """
+    """Indexes of the samples to learn from, in order. `whole_draws`: a draw that lacks a score goes altogether."""
     excluded = unscored(trajectories, scores)
     ids = {(e.draw_id, e.sample_index) for e in excluded}
     draws = {e.draw_id for e in excluded} if whole_draws else set()
-    kept = [i for i, t in enumerate(trajectories) if (t.draw_id, t.sample_index) not in ids and t.draw_id not in draws]
-    if not kept:
-        reasons = list(dict.fromkeys(e.why for e in excluded))
-        raise NumericsError(
-            f"{len(excluded)} of {len(trajectories)} samples could not be scored, which leaves none to learn from: "
-            + "; ".join(reasons[:3]),
-            where="reward",
-            fix="events.jsonl names each of them with its reason.",
-        )
-    return kept
+    return [i for i, t in enumerate(trajectories) if (t.draw_id, t.sample_index) not in ids and t.draw_id not in draws]
+
+
+def check_some_left(num_kept: int, trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> None:
+    """Raises: NumericsError when nothing was admitted."""
+    if num_kept:
+        return
+    excluded = unscored(trajectories, scores)
+    reasons = list(dict.fromkeys(e.why for e in excluded))
+    raise NumericsError(
+        f"{len(excluded)} of {len(trajectories)} samples could not be scored, which leaves none to learn from: "
+        + "; ".join(reasons[:3]),
+        where="reward",
+        fix="events.jsonl names each of them with its reason.",
+    )
 
 
 def reward_metrics(scores: Sequence[Score], num_kept: int) -> dict[str, float]:

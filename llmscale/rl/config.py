@@ -83,7 +83,7 @@ class Average(Enum):
     tokens = "tokens"  # over all tokens of the update (DAPO, PPO)
     sequences = "sequences"  # over sequences, of the mean over the tokens of each (GRPO, GSPO)
     sums = "sums"  # over sequences, of the sum over the tokens of each (RLOO)
-    budget = "budget"  # the same, divided by max_new_tokens: a constant, so that no length is preferred (Dr.GRPO)
+    budget = "budget"  # the same, divided by the most tokens a sample may have: no length is preferred (Dr.GRPO)
 
 
 class Correction(Enum):

@@ -29,7 +29,7 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import Requeue, RunError
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import SamplingRequest, Score
-from llmscale.rl.admission import admitted, check_finite, unscored
+from llmscale.rl.admission import admitted, check_finite, check_some_left, unscored
 from llmscale.stages.collected import write_collected
 from llmscale.stages.config import CollectConfig, check_context
 from llmscale.stages.rlhf_run import check_columns, sample_record
@@ -120,6 +120,7 @@ class Collection:
         for sample in unscored(trajectories, scores):
             self.tracker.event("sample_excluded", step=step, **asdict(sample))
         kept = admitted(trajectories, scores, whole_draws=False)
+        check_some_left(len(kept), trajectories, scores)
         found = []
         for i in kept:
             score, true = pairs[i]

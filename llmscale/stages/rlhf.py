@@ -1,7 +1,8 @@
 """RLHF as an algorithm: sample, score, experience, update, publish. `Rlhf.iterate` is one step of it; the parts are in their
 own rooms, and the run around it (checkpoints, tracking, resuming) in `rlhf_run.py`.
 
-Five pools of workers (policy, critic, reference, reward, rollout) run in Ray actors or in this process, with the same code.
+Pools of workers (policy, reward, rollout and, where the method needs them, critic and reference) run in Ray actors or in
+this process, with the same code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
 from llmscale.protocols import SamplingRequest, Score
 from llmscale.rewards.diversity import diversity_metrics
-from llmscale.rl.admission import admitted, check_finite, reward_metrics, true_metrics, unscored, without_nonfinite
+from llmscale.rl.admission import (
+    admitted,
+    check_finite,
+    check_some_left,
+    reward_metrics,
+    true_metrics,
+    unscored,
+    without_nonfinite,
+)
 from llmscale.rl.experience import (
     Experience,
     Scored,
@@ -87,6 +96,7 @@ class Rlhf:
         which teach nothing (dynamic sampling: Yu et al. 2025, section 3.2). Metrics are of all that was sampled."""
         algorithm, wanted = self.config.algorithm, self.config.training.prompts_per_step
         kept: list[list[Scored]] = []
+        groups: list[list[Scored]] = []  # of the last draw that left any
         sampled: list[Sampled] = []
         num_scored = 0
         for _ in range(algorithm.max_draws if algorithm.filter_groups else 1):
@@ -96,10 +106,11 @@ class Rlhf:
                 scored, fresh = self.score(trajectories)
             sampled += fresh
             num_scored += len(scored)
-            groups = groups_of(scored)
-            kept += [g for g in groups if not algorithm.filter_groups or is_informative(g)]
+            groups = groups_of(scored) or groups
+            kept += [g for g in groups_of(scored) if not algorithm.filter_groups or is_informative(g)]
             if len(kept) == wanted:
                 break
+        check_some_left(len(groups), [t for t, *_ in sampled], [s for _, s, _ in sampled])
         metrics = reward_metrics([s for _, s, _ in sampled], num_scored) | true_metrics([t for *_, t in sampled])
         metrics |= self.of_rollouts([t for t, *_ in sampled])
         metrics["perf/tokens"] = sum(t.completion_len for t, *_ in sampled)  # those that are not learned from, too
@@ -119,7 +130,7 @@ class Rlhf:
         return [trajectory for unit in units for trajectory in unit]
 
     def score(self, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
-        """Rewards, and every model's view of every token; the four pools work side by side. Samples without a reward are left
+        """Rewards, and every model's view of every token; the pools work side by side. Samples without a reward are left
         out of the first list."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
         old_logprobs = self.view("policy", PolicyRole.logprobs, trajectories)
@@ -134,13 +145,13 @@ class Rlhf:
     def scored(self, trajectory: Trajectory, score: Score, true: Score | None, views: Sequence[Any]) -> Scored:
         assert score.value is not None, "it was admitted"
         algorithm, limit = self.config.algorithm, self.config.max_completion_tokens
-        length, share = trajectory.completion_len, algorithm.overlong_share
-        penalty = overlong_penalty(length, limit, share, algorithm.overlong_penalty)
+        # One that was cut off has been at a limit, though with an environment that may be the one of a turn.
+        length = trajectory.completion_len if trajectory.finished else limit
+        penalty = overlong_penalty(length, limit, algorithm.overlong_share, algorithm.overlong_penalty)
+        parts = {**score.parts, "overlong": penalty} if algorithm.overlong_share else score.parts
         true_reward = true.value if true is not None else None
         old, ref, values = views
-        return Scored(
-            trajectory, score.value, true_reward, old, ref, values, score.parts, score.why, penalty, score.early
-        )
+        return Scored(trajectory, score.value, true_reward, old, ref, values, parts, score.why, penalty, score.early)
 
     def reference(self, trajectories: Sequence[Trajectory]) -> Callable[[], list[Any]]:
         """Begin to ask the reference, which of a policy with an adapter is the policy without it."""
@@ -202,6 +213,7 @@ class Rlhf:
             units = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories)).wait()
         scores, true = self.rewards(trajectories, units, self.step)
         kept = admitted(trajectories, scores, whole_draws=False)
+        check_some_left(len(kept), trajectories, scores)
         metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
         metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | self.of_rollouts(trajectories)
         metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))

@@ -238,8 +238,10 @@ def test_a_template_that_cannot_go_on_is_refused(tokenizer):
         renderer.render_observation(messages("Q", "A"), "R", role="tool", max_tokens=9)
 
 
-@pytest.mark.parametrize(("text", "kept"), [("12345", "12345"), ("123456", "12345" + CUT), ("é" * 4, "é" * 3 + CUT)])
+@pytest.mark.parametrize(
+    ("text", "kept"), [("12345", "12345"), ("123456", "12345" + CUT), ("é" * 4, "é" * 2 + CUT)]
+)  # of two bytes each
 def test_a_long_observation_is_cut(tokenizer, text, kept):
-    """A character of several tokens is kept whole."""
+    """A character of several tokens is kept whole or not at all."""
     message, _ = ChatRenderer(tokenizer).render_observation(messages("Q", "A"), text, role="user", max_tokens=5)
     assert message["content"] == kept

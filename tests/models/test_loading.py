@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmscale.config import check
 from llmscale.errors import ConfigError, ModelError
@@ -128,6 +128,34 @@ def test_packed_documents_do_not_see_each_other(kind: type):
     together = model(torch.cat([IDS, IDS.flip(1)], 1), torch.cat([POSITIONS, POSITIONS], 1))
     apart = torch.cat([model(IDS, POSITIONS), model(IDS.flip(1), POSITIONS)], 1)
     assert (together - apart).abs().max() < 1e-5
+
+
+def test_an_empty_model_is_like_the_whole_one_but_for_its_values(tmp_path: Path):
+    """Gemma's embedding keeps a buffer in the type of the weights, and ranks that start empty receive it."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    config = AutoConfig.for_model("gemma3_text", vocab_size=64, num_key_value_heads=1, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    whole, empty = (load_language_model(str(tmp_path), empty=empty) for empty in (False, True))
+
+    def held(model: LanguageModel) -> dict[str, tuple]:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors}
+
+    assert held(whole) == held(empty)
+    assert "hf.model.embed_tokens.embed_scale" in held(empty) and all(p.is_meta for p in empty.parameters())
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_model_of_pictures_is_refused(tmp_path: Path, empty: bool):
+    AutoConfig.for_model("vit").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot load a model"):
+        load_language_model(str(tmp_path), empty=empty)
 
 
 def test_resolve_finds_the_model_of_a_run_directory(tmp_path: Path):

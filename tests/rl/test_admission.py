@@ -16,6 +16,7 @@ from llmscale.rl.admission import (
     Excluded,
     admitted,
     check_finite,
+    check_some_left,
     reward_metrics,
     true_metrics,
     unscored,
@@ -61,8 +62,10 @@ def test_every_group_that_is_left_is_whole():
 def test_nothing_left_stops_with_the_reasons():
     found = [Score(None, why="no answer"), Score(None, why="no answer"), Score(None, why="timed out"), Score(1.0)]
     with pytest.raises(NumericsError, match=r"3 of 4 samples could not be scored.*no answer; timed out"):
-        admitted(samples(1, 4), found, whole_draws=True)
-    assert admitted(samples(1, 4), found, whole_draws=False) == [3]
+        check_some_left(len(admitted(samples(1, 4), found, whole_draws=True)), samples(1, 4), found)
+    kept = admitted(samples(1, 4), found, whole_draws=False)
+    check_some_left(len(kept), samples(1, 4), found)
+    assert kept == [3]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -103,9 +106,8 @@ def gradient(logits: torch.Tensor, rewards: list[float | None], group: int, zero
     for chosen in itertools.product(range(len(rewards)), repeat=group):
         weight = logprobs[list(chosen)].detach().sum().exp()
         found = [Score(0.0 if rewards[c] is None and zero else rewards[c]) for c in chosen]
-        try:
-            kept = admitted(samples(1, group), found, whole_draws=True)
-        except NumericsError:
+        kept = admitted(samples(1, group), found, whole_draws=True)
+        if not kept:
             continue
         assert kept == list(range(group))
         values = torch.tensor([s.value for s in found], dtype=torch.float64)

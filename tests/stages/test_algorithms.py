@@ -49,6 +49,7 @@ def test_the_policy_is_asked_before_an_update_only_where_that_is_needed(name: st
 
 
 DAPO = ["algorithm=dapo", "algorithm.max_draws=3", *RULE, "training.num_steps=4", "training.save_every_steps=1"]
+SOME_ARE_RIGHT = ["reward=regex", "reward.pattern=q"]  # of what a model says that has learned next to nothing
 ADAPTIVE = [
     "algorithm.kl_coef=0.1",
     "algorithm.kl_target=1e-4",
@@ -60,7 +61,7 @@ ADAPTIVE = [
 def test_dynamic_sampling_draws_others_and_resumes_exactly(chain: Path, tmp_path: Path) -> None:
     """Prompts whose samples all got the same reward are replaced; a killed run goes on with the next draw, and with the
     coefficient that it had reached."""
-    overrides = [f"model.path={chain}/demo/sft", *DAPO, *ADAPTIVE]
+    overrides = [f"model.path={chain}/demo/sft", *DAPO, *ADAPTIVE, *SOME_ARE_RIGHT]
     succeed(arguments("rlhf", tmp_path / "whole", *overrides), tmp_path / "log")
     run_dir = tmp_path / "whole" / "demo" / "rlhf"
     steps = records(run_dir / "metrics.jsonl")[1:]
