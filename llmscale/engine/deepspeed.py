@@ -233,13 +233,15 @@ def _join_group(device: torch.device) -> None:
     alone = "MASTER_PORT" not in os.environ
     if alone:  # it names memory by address and port: runs of one process would share it, and crash
         os.environ["MASTER_PORT"] = f"process-{os.getpid()}"
-    with redirect_stdout(sys.stderr):  # it prints; stdout is for results
-        if backend == "gloo":
-            build_communication()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    _forget_shared_buffer()
-    if alone:
-        del os.environ["MASTER_PORT"]
+    try:
+        with redirect_stdout(sys.stderr):  # it prints; stdout is for results
+            if backend == "gloo":
+                build_communication()
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        _forget_shared_buffer()
+    finally:
+        if alone:
+            del os.environ["MASTER_PORT"]
 
 
 def build_communication() -> None:

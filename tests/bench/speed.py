@@ -195,7 +195,7 @@ def verdicts(turns: Mapping[Contender, Sequence[Turn]]) -> list[str]:
                 continue  # not measured this time
             reached = statistics.median(ratios(own, by_title[title]))
             lines.append(
-                f"- {contender.title}: {reached:.2f} of {title}, at least {least} wanted: {_word(reached >= least)}"
+                f"- {contender.title}: {reached:.2f} of {title}, at least {least:.3g} wanted: {_word(reached >= least)}"
             )
             if title in (BARE, DDP):
                 memory = own[-1].peak_bytes / by_title[title][-1].peak_bytes
