@@ -6,9 +6,9 @@ Legend: B rows, T tokens of a row, K completions of one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -122,44 +122,115 @@ class Batch:
         return int(self.tensors["lengths"].sum())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How the sequences of a micro-batch stand in rows: changes memory and speed, and no number."""
+
+    tokens: int = 0  # a row's most, which several sequences share; 0: each has a row of its own
+    # Those that begin alike share their beginning too; for attention that knows of it: `llmscale.models.attention`
+    branching: bool = False
+
+
+APART = Rows()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A sequence that begins as another does: its first `shared` tokens need not be computed again."""
+
+    trunk: int  # the other's index
+    shared: int
+
+
+def branches_of(
+    sequences: Sequence[np.ndarray], families: Sequence[Hashable], wanted: Sequence[int]
+) -> list[Branch | None]:
+    """Which sequence may branch off which: off the first of its family, before its token `wanted`, whose own output, or that of
+    a later one, somebody asks for. None: off no other."""
+    trunks: dict[Hashable, int] = {}
+    found: list[Branch | None] = []
+    for index, (ids, family, first) in enumerate(zip(sequences, families, wanted, strict=True)):
+        trunk = trunks.setdefault(family, index)
+        limit = min(first, len(sequences[trunk]))
+        differ = np.flatnonzero(ids[:limit] != sequences[trunk][:limit])
+        shared = int(differ[0]) if len(differ) else limit
+        found.append(Branch(trunk, shared) if trunk != index and shared else None)
+    return found
+
+
+class Sample(Protocol):
+    """A prompt and what the policy made of it."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...  # int64 [T]
+
+    @property
+    def loss_mask(self) -> np.ndarray: ...  # bool [T]
+
+
+def prompt_branches(samples: Sequence[Sample]) -> list[Branch | None]:
+    """Of samples of the same prompt: off the last token but one before the first in the loss, for the last one predicts it."""
+    firsts = [int(s.loss_mask.argmax()) if s.loss_mask.any() else len(s.loss_mask) for s in samples]
+    prompts = [s.token_ids[:first].tobytes() for s, first in zip(samples, firsts, strict=True)]
+    return branches_of([s.token_ids for s in samples], prompts, [max(first - 1, 0) for first in firsts])
+
+
 class Layout:
-    """Where each sequence of a micro-batch stands. With `row_tokens` 0 each has a row of its own; otherwise they are packed
-    into rows of at most `row_tokens` (or of the longest sequence, if that is longer), and positions restart at each.
+    """Where each sequence of a micro-batch stands. In shared rows (`Rows`) they stand one after another, the branches of a
+    trunk right behind it and without what they share with it. Positions start at 0 with each sequence, and where a branch
+    goes on. A row holds at least one trunk with its branches, however long they are.
 
     Legend: S sequences, B rows, T tokens of the longest row.
     """
 
-    def __init__(self, lengths: Sequence[int], row_tokens: int = 0):
+    def __init__(self, lengths: Sequence[int], rows: Rows = APART, branches: Sequence[Branch | None] | None = None):
         self.lengths = list(lengths)
-        rows = [[i] for i in range(len(self.lengths))]
-        if row_tokens and self.lengths:
-            rows = sorted(best_fit(self.lengths, max(row_tokens, *self.lengths)))
-        self.rows = rows
-        self.shape = (max(len(rows), 1), max((sum(self.lengths[i] for i in row) for row in rows), default=1))
+        self._trunks, self._shared = list(range(len(lengths))), [0] * len(lengths)
+        trees = self._trees(branches if rows.branching and branches else [None] * len(lengths))
+        own = self._own = [n - shared for n, shared in zip(self.lengths, self._shared, strict=True)]
+        in_rows = [[tree] for tree in trees]
+        if rows.tokens and trees:
+            sizes = [sum(own[i] for i in tree) for tree in trees]
+            in_rows = [[trees[n] for n in row] for row in sorted(best_fit(sizes, max(rows.tokens, *sizes)))]
+        self.rows = [[index for tree in row for index in tree] for row in in_rows]
+        self.shape = (max(len(self.rows), 1), max((sum(own[i] for i in row) for row in self.rows), default=1))
         self._starts = [0] * len(self.lengths)  # in the flattened [B * T]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(self.rows):
             column = number * self.shape[1]
             for index in row:
                 self._starts[index] = column
-                column += self.lengths[index]
+                column += own[index]
+
+    def _trees(self, branches: Sequence[Branch | None]) -> list[list[int]]:
+        """Each trunk with its branches behind it."""
+        trees: dict[int, list[int]] = {}
+        for index, branch in enumerate(branches):
+            tree = trees.setdefault(index if branch is None else branch.trunk, [])
+            if branch is not None:
+                # At the position where the branch before it ends it would be taken for more of that one.
+                follows = len(tree) > 1 and branch.shared == self.lengths[tree[-1]]
+                self._trunks[index], self._shared[index] = branch.trunk, branch.shared - follows
+            tree.append(index)
+        return list(trees.values())
 
     def place(self, arrays: Sequence[np.ndarray], fill: float | int | bool = 0) -> Tensor:
-        """One array [T_i] a sequence -> [B, T], `fill` where there is none."""
+        """One array [T_i] a sequence -> [B, T], `fill` where there is none. Of what is shared the trunk's stands there."""
         dtype = arrays[0].dtype if arrays else np.asarray(fill).dtype
         out = np.full(self.shape[0] * self.shape[1], fill, dtype=dtype)
-        for start, array in zip(self._starts, arrays, strict=True):
-            out[start : start + len(array)] = array
+        for start, own, array in zip(self._starts, self._own, arrays, strict=True):
+            out[start : start + own] = array[len(array) - own :]
         return torch.from_numpy(out.reshape(self.shape))
 
     def take(self, values: Tensor) -> list[Tensor]:
         """The inverse: [B, T] -> one [T_i] a sequence."""
         flat = values.flatten()
-        return [flat[start : start + length] for start, length in zip(self._starts, self.lengths, strict=True)]
+        own = [flat[start : start + length] for start, length in zip(self._starts, self._own, strict=True)]
+        return [torch.cat([own[t][:n], x]) for t, n, x in zip(self._trunks, self._shared, own, strict=True)]
 
     @property
     def ends(self) -> Tensor:
         """int64 [S]: where each sequence's last token stands in the flattened [B * T]."""
-        return torch.tensor([start + n - 1 for start, n in zip(self._starts, self.lengths, strict=True)]).long()
+        return torch.tensor([start + n - 1 for start, n in zip(self._starts, self._own, strict=True)]).long()
 
     def tensors(
         self, token_ids: Sequence[np.ndarray], position_ids: Sequence[np.ndarray | None] | None = None
@@ -168,7 +239,7 @@ class Layout:
         taken for the start of another document."""
         given = position_ids or [None] * len(token_ids)
         own = [np.arange(len(ids)) if p is None else p for ids, p in zip(token_ids, given, strict=True)]
-        lengths = torch.tensor([sum(self.lengths[i] for i in row) for row in self.rows] or [0])
+        lengths = torch.tensor([sum(self._own[i] for i in row) for row in self.rows] or [0])
         positions = self.place(own).long()
         column = torch.arange(self.shape[1])
         last = positions.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1))

@@ -41,8 +41,3 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     # Selected before the square, whose derivative would carry a masked NaN into the gradient.
     deviations = torch.where(mask.bool(), values - masked_mean(values, mask), values.new_zeros(()))
     return masked_mean(deviations.square(), mask)
-
-
-def last_token(values: Tensor, lengths: Tensor) -> Tensor:
-    """[B, T] -> [B]: the value at each right-padded row's last real token."""
-    return values.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from llmscale.batch import Batch, Prompt, Trajectory
+from llmscale.batch import APART, Batch, Prompt, Rows, Trajectory
 
 Accept = Callable[[Mapping[str, float]], bool]  # a step's metrics -> whether its update may be applied
 State = dict[str, Any]  # what a component writes into a checkpoint: JSON values and tensors
@@ -46,9 +46,9 @@ class LossSums:
 class Objective(Protocol):
     """How examples become a batch and a batch becomes a loss. It knows nothing of engines or ranks."""
 
-    def prepare(self, examples: Sequence[Any], row_tokens: int = 0) -> Batch:
+    def prepare(self, examples: Sequence[Any], rows: Rows = APART) -> Batch:
         """Build one micro-batch and count each loss term in it. No examples give a valid batch of zero counts.
-        `row_tokens` is `llmscale.batch.Layout`'s: whether and how sequences share rows, which changes no number."""
+        `rows`: whether and how sequences share rows, which changes no number."""
         ...
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums: ...
@@ -80,6 +80,7 @@ class TrainEngine(Protocol):
 
     num_steps: int
     packed: bool  # whether sequences share rows
+    branching: bool  # whether those that begin alike share that too
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective, accept: Accept = ...) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches. Each loss term is divided once by its count over the

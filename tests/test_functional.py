@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llmscale.functional import last_token, masked_mean, masked_sum, masked_var, token_entropy, token_logprobs
+from llmscale.functional import masked_mean, masked_sum, masked_var, token_entropy, token_logprobs
 
 NAN = float("nan")
 
@@ -61,9 +61,3 @@ def test_nothing_selected_is_zero():
         0,
         0,
     ]
-
-
-def test_last_token():
-    values = torch.arange(12.0).reshape(3, 4)
-    assert last_token(values, torch.tensor([4, 2, 1])).tolist() == [3, 5, 8]
-    assert last_token(values[:1], torch.tensor([0])).tolist() == [0]  # the row of an empty batch

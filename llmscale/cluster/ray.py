@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,12 @@ class RayPending:
 
 @dataclass
 class RayParts:
-    """Results of interleaved parts, put back in order."""
+    """Results of parts that follow each other."""
 
     pending: RayPending
-    num_items: int
 
     def wait(self) -> list[Any]:
-        results: list[Any] = [None] * self.num_items
-        for rank, part in enumerate(parts := self.pending.wait()):
-            results[rank :: len(parts)] = part
-        return results
+        return [result for part in self.pending.wait() for result in part]
 
 
 @dataclass
@@ -194,9 +191,11 @@ class RayPool:
         return RayPending(self, refs, list(range(self.num_workers)))
 
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> RayParts:
-        parts = [list(items[rank :: self.num_workers]) for rank in range(self.num_workers)]
+        # In a row, so that the samples of a prompt, which share it, stay together.
+        cuts = [rank * len(items) // self.num_workers for rank in range(self.num_workers + 1)]
+        parts = [list(items[start:stop]) for start, stop in pairwise(cuts)]
         refs = [a.call.remote(method.__name__, (part,)) for a, part in zip(self.actors, parts, strict=True)]
-        return RayParts(RayPending(self, refs, list(range(self.num_workers))), len(items))
+        return RayParts(RayPending(self, refs, list(range(self.num_workers))))
 
     def units(self, method: Callable[..., Any], units: Sequence[Any]) -> RayUnits:
         return RayUnits(self, method.__name__, units)

@@ -27,7 +27,7 @@ class Precision(Enum):
 class RowLayout(Enum):
     """How sequences of different lengths stand in a micro-batch; changes memory and speed, not the loss."""
 
-    auto = "auto"  # packed where attention has a kernel for it (flash-attn), else padded
+    auto = "auto"  # packed where attention is made for it (flash or by document), else padded
     padded = "padded"  # a row each, next to others of like length
     packed = "packed"  # several in one row, kept apart by their positions
 
@@ -56,6 +56,11 @@ class EngineConfig:
 
     def needs_weights(self, rank: int) -> bool:
         """Whether a rank has to load the model's weights; else it builds the model without them."""
+        return True
+
+    @property
+    def whole_sequences(self) -> bool:
+        """Whether a rank's attention is given whole sequences."""
         return True
 
 
@@ -125,6 +130,10 @@ class DeepSpeedConfig(EngineConfig):
 
     def needs_weights(self, rank: int) -> bool:
         return rank == 0 or not self.scatters
+
+    @property
+    def whole_sequences(self) -> bool:
+        return self.sequence_parallel_size == 1
 
     @property
     def scatters(self) -> bool:

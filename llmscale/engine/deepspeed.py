@@ -8,12 +8,13 @@ the first, and the second is switched off.
 from __future__ import annotations
 
 import fcntl
+import gc
 import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ class DeepSpeedEngine(FrozenEngine):
         optimizer = build_optimizer(optim, self.model)
         self.gate = Gate(optimizer)
         self.module: Any
-        self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, config=self.settings
-        )
+        with _collecting_little():
+            self.module, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=self.settings
+            )
         if config.compile:
             self.module.compile(compile_kwargs={"dynamic": True})
         spread = partial(partitions.weights_follow, self.optimizer, self.zero_stage)
@@ -219,6 +221,17 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+@contextmanager
+def _collecting_little() -> Iterator[None]:
+    """DeepSpeed collects garbage a dozen times while it starts, each time through every object of every module that is
+    imported: 1.7 s in bf16, and 0.03 s without those."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _join_group(device: torch.device) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.engine.accounting import StepTotals, empty_rows, require_finite, same_number_on_all_ranks
-from llmscale.engine.config import EngineConfig, Precision, RowLayout
-from llmscale.errors import ConfigError
+from llmscale.engine.config import EngineConfig, Precision
+from llmscale.engine.rows import settle_attention
 from llmscale.models.forward import ModelForward
-from llmscale.models.kernels import FLASH, apply_liger, attention_implementation
-from llmscale.models.loading import Model, check_isolation
+from llmscale.models.kernels import apply_liger
+from llmscale.models.loading import Model
 from llmscale.phases import phase
 from llmscale.protocols import Forward, Objective
 
@@ -28,10 +28,7 @@ class FrozenEngine:
 
     def __init__(self, config: EngineConfig, model: Model):
         self.config, self.device = config, distributed.device()
-        attention = attention_implementation(config.attention, self.device, config.precision is Precision.bf16)
-        self.packed = packs(config.rows, model, flash=attention == FLASH)
-        if attention is not None:
-            model.hf.set_attn_implementation(attention)
+        self.packed, self.branching = settle_attention(config, model, self.device)
         if config.liger:
             apply_liger(model, self.device)
         self.model = self._placed(model)
@@ -66,17 +63,3 @@ class FrozenEngine:
         bf16 = self.config.precision is Precision.bf16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             return self.module(**inputs)
-
-
-def packs(rows: RowLayout, model: Model, flash: bool) -> bool:
-    """Whether sequences share rows. flash-attn tells documents apart in a single row only, so there they always do.
-
-    Raises: ModelError when they must and the architecture lets them see one another.
-    """
-    if flash and rows is RowLayout.padded:
-        fix = "Leave it at auto, or set engine.attention=sdpa."
-        raise ConfigError("flash attention packs rows", where="engine.rows", fix=fix)
-    packed = flash or rows is RowLayout.packed
-    if packed:
-        check_isolation(model)
-    return packed

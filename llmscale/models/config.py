@@ -15,9 +15,10 @@ from llmscale.config import Problem, at_least, option
 class Attention(Enum):
     """How attention is computed; changes speed and memory, and numbers only by rounding."""
 
-    auto = "auto"  # flash where it is installed and can run, else sdpa
+    auto = "auto"  # flash where it is installed and can run, else by document on a CPU, else sdpa
     eager = "eager"  # plain matrix products
     sdpa = "sdpa"  # torch's scaled_dot_product_attention
+    by_document = "by_document"  # sdpa over each document of a packed row by itself: `llmscale.models.attention`
     flash = "flash"  # flash-attn; CUDA and bf16 only
 
 

@@ -15,7 +15,7 @@ FLASH = "flash_attention_2"
 
 def attention_implementation(wanted: Attention, device: torch.device, bf16: bool) -> str | None:
     """transformers' name of how attention is computed; None: as it chooses itself (sdpa where the architecture has it).
-    `auto` takes flash-attn where it is installed and can run.
+    `auto` takes flash-attn where it is installed and can run. By document is not here: `llmscale.models.attention`.
 
     Raises: ConfigError when the choice cannot run here.
     """

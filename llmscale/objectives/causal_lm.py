@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmscale.batch import Batch, Layout, TokenExample
+from llmscale.batch import APART, Batch, Layout, Rows, TokenExample
 from llmscale.functional import masked_sum
 from llmscale.objectives.config import CausalLMConfig
 from llmscale.protocols import Forward, LossSums
@@ -20,8 +20,8 @@ class CausalLM:
     def __init__(self, config: CausalLMConfig):
         self.config = config
 
-    def prepare(self, examples: Sequence[TokenExample], row_tokens: int = 0) -> Batch:
-        layout = Layout([len(e.token_ids) for e in examples], row_tokens)
+    def prepare(self, examples: Sequence[TokenExample], rows: Rows = APART) -> Batch:
+        layout = Layout([len(e.token_ids) for e in examples], rows)
         tensors = layout.tensors([e.token_ids for e in examples], [e.position_ids for e in examples])
         tensors["loss_mask"] = layout.place([e.loss_mask & _has_predecessor(e) for e in examples], fill=False)
         return Batch(tensors, {"tokens": float(tensors["loss_mask"].sum())})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from llmscale.batch import Batch, Layout, SteppedExample
+from llmscale.batch import APART, Batch, Layout, Rows, SteppedExample
 from llmscale.functional import masked_sum
 from llmscale.objectives.config import ProcessConfig
 from llmscale.protocols import Forward, LossSums
@@ -30,8 +30,8 @@ class Process:
     def __init__(self, config: ProcessConfig):
         self.config = config
 
-    def prepare(self, examples: Sequence[SteppedExample], row_tokens: int = 0) -> Batch:
-        layout = Layout([len(e.token_ids) for e in examples], row_tokens)
+    def prepare(self, examples: Sequence[SteppedExample], rows: Rows = APART) -> Batch:
+        layout = Layout([len(e.token_ids) for e in examples], rows)
         tensors = layout.tensors([e.token_ids for e in examples])
         labels = layout.place([e.labels.astype(np.float32) for e in examples], fill=float("nan")).float()
         tensors["labels"] = labels

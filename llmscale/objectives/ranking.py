@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmscale.batch import Batch, Layout, RankedExample
+from llmscale.batch import APART, Batch, Layout, RankedExample, Rows, branches_of
 from llmscale.errors import DataError
 from llmscale.functional import masked_sum
 from llmscale.objectives.config import RankingConfig
@@ -59,8 +59,8 @@ class Ranking:
     def __init__(self, config: RankingConfig):
         self.config = config
 
-    def prepare(self, examples: Sequence[RankedExample], row_tokens: int = 0) -> Batch:
-        rows: list[np.ndarray] = []
+    def prepare(self, examples: Sequence[RankedExample], rows: Rows = APART) -> Batch:
+        sequences: list[np.ndarray] = []
         ranks: list[int] = []
         group: list[int] = []
         winners: list[int] = []
@@ -68,20 +68,21 @@ class Ranking:
         ratings: list[float] = []
         for index, example in enumerate(examples):
             better, worse = untied_pairs(example.ranks)
-            winners += [len(rows) + i for i in better]
-            losers += [len(rows) + i for i in worse]
-            rows += list(example.sequences)
+            winners += [len(sequences) + i for i in better]
+            losers += [len(sequences) + i for i in worse]
+            sequences += list(example.sequences)
             ranks += list(example.ranks)
             group += [index] * len(example.ranks)
             ratings += self.ratings(example)
-        layout = Layout([len(row) for row in rows], row_tokens)
-        tensors = layout.tensors(rows) | {"ends": layout.ends}
+        lengths = [len(s) for s in sequences]
+        layout = Layout(lengths, rows, branches_of(sequences, group, [n - 1 for n in lengths]))
+        tensors = layout.tensors(sequences) | {"ends": layout.ends}
         tensors |= {"ranks": torch.tensor(ranks).long(), "group": torch.tensor(group).long()}
         tensors |= {"winners": torch.tensor(winners).long(), "losers": torch.tensor(losers).long()}
         tensors |= {"ratings": torch.tensor(ratings, dtype=torch.float64)}
         untied = sum(len(set(e.ranks)) > 1 for e in examples)
         return Batch(
-            tensors, {"rankings": float(untied), "pairs": float(len(winners)), "completions": float(len(rows))}
+            tensors, {"rankings": float(untied), "pairs": float(len(winners)), "completions": float(len(sequences))}
         )
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:

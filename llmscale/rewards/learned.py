@@ -11,14 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from llmscale import distributed
-from llmscale.batch import Trajectory, token_tensors
+from llmscale.batch import APART, Layout, Rows, Trajectory, branches_of, token_tensors
 from llmscale.errors import ModelError
-from llmscale.functional import last_token
+from llmscale.models.attention import attend_by_document
 from llmscale.models.loading import ScalarModel, has_scalar_head, load_scalar_model, load_tokenizer
 from llmscale.protocols import Score
 from llmscale.rewards.config import Combine, LearnedConfig
 
-BATCH_SIZE = 32  # rows of one forward
+BATCH_SIZE = 32  # sequences of one forward
+ONE_ROW = Rows(1 << 30, branching=True)
 
 
 class LearnedReward:
@@ -28,6 +29,9 @@ class LearnedReward:
     def __init__(self, config: LearnedConfig, tokenizer: PreTrainedTokenizerFast):
         self.config = config
         self.members = [load_reward_model(path, where, tokenizer, of="completions") for where, path in config.members()]
+        on_cpu = distributed.device().type == "cpu"
+        together = on_cpu and all([attend_by_document(member) for member in self.members])
+        self.rows = ONE_ROW if together else APART
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         scores = self.by_member(trajectories)
@@ -44,11 +48,16 @@ class LearnedReward:
     def by_member(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         """float64 [members, trajectories]."""
         scores = np.zeros((len(self.members), len(trajectories)))
-        for start, tensors in batches([t.token_ids for t in trajectories]):
+        for start in range(0, len(trajectories), BATCH_SIZE):
+            own = trajectories[start : start + BATCH_SIZE]
+            sequences = [t.token_ids for t in own]
+            lengths = [len(ids) for ids in sequences]
+            prompts = [t.prompt.token_ids.tobytes() for t in own]
+            layout = Layout(lengths, self.rows, branches_of(sequences, prompts, wanted=[n - 1 for n in lengths]))
+            tensors = {k: v.to(distributed.device()) for k, v in layout.tensors(sequences).items()}
             for member, model in enumerate(self.members):
                 scalars = model(input_ids=tensors["input_ids"], position_ids=tensors["position_ids"])
-                own = last_token(scalars.float(), tensors["lengths"])
-                scores[member, start : start + len(own)] = own.cpu().numpy()
+                scores[member, start : start + len(own)] = scalars.flatten()[layout.ends].float().cpu().numpy()
         return scores
 
     def combined(self, scores: np.ndarray) -> np.ndarray:

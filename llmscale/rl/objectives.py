@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmscale.batch import Batch, Layout
+from llmscale.batch import APART, Batch, Layout, Rows, prompt_branches
 from llmscale.functional import masked_sum
 from llmscale.protocols import Forward, LossSums
 from llmscale.rl.experience import Algorithm, Experience
@@ -17,9 +17,9 @@ from llmscale.rl.experience import Algorithm, Experience
 FIELDS = ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns", "importance")
 
 
-def prepare_experience(examples: Sequence[Experience], row_tokens: int) -> Batch:
+def prepare_experience(examples: Sequence[Experience], rows: Rows) -> Batch:
     """Rows with everything that an update needs; counts the tokens that are learned from as `tokens`."""
-    layout = Layout([len(e.token_ids) for e in examples], row_tokens)
+    layout = Layout([len(e.token_ids) for e in examples], rows, prompt_branches(examples))
     tensors = layout.tensors([e.token_ids for e in examples])
     tensors["loss_mask"] = layout.place([e.loss_mask for e in examples], fill=False)
     for name in FIELDS:
@@ -42,8 +42,8 @@ class PolicyObjective:
         self.algorithm, self.temperature, self.entropy_coef = algorithm, temperature, entropy_coef
         self.old_is_rollout = old_is_rollout
 
-    def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
-        batch = prepare_experience(examples, row_tokens)
+    def prepare(self, examples: Sequence[Experience], rows: Rows = APART) -> Batch:
+        batch = prepare_experience(examples, rows)
         num_tokens = [int(e.loss_mask.sum()) for e in examples]
         weights = torch.tensor([self.algorithm.weight(n) for n in num_tokens] or [1.0])
         batch.tensors["weight"] = weights[batch["sequence"]]
@@ -73,8 +73,8 @@ class ValueObjective:
     def __init__(self, algorithm: Algorithm):
         self.algorithm = algorithm
 
-    def prepare(self, examples: Sequence[Experience], row_tokens: int = 0) -> Batch:
-        batch = prepare_experience(examples, row_tokens)
+    def prepare(self, examples: Sequence[Experience], rows: Rows = APART) -> Batch:
+        batch = prepare_experience(examples, rows)
         batch.counts["value"] = batch.counts["tokens"]
         return batch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
-from llmscale.batch import Batch, Layout, Trajectory
+from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
 from llmscale.cluster.publish import BUCKET_BYTES, receive, send
 from llmscale.config import build, load
@@ -67,8 +67,9 @@ class TrainedRole:
         """One optimizer step for each minibatch; this rank takes its share of it. Returns each step's metrics."""
         budget, metrics = token_budget(self.config, self.engine), []
         for minibatch in minibatches:
-            parts = budget.parts([len(e.token_ids) for e in minibatch], self.world.rank, self.world.size)
-            batches = [self.objective.prepare([minibatch[i] for i in part], budget.row_tokens) for part in parts]
+            lengths = [len(e.token_ids) for e in minibatch]
+            parts = budget.parts(lengths, self.world.rank, self.world.size, prompt_branches(minibatch))
+            batches = [self.objective.prepare([minibatch[i] for i in part], budget.rows) for part in parts]
             metrics.append(self.engine.step(batches, self.objective))
         return metrics
 
@@ -225,12 +226,15 @@ def token_values(
 ) -> list[np.ndarray]:
     """Run `compute` over the trajectories in micro-batches; what it says of each one's tokens, in order."""
     budget = token_budget(config, engine)
-    parts = [part for part in budget.parts([len(t.token_ids) for t in trajectories]) if part]
-    layouts = [Layout([len(trajectories[i].token_ids) for i in part], budget.row_tokens) for part in parts]
-    batches = []
-    for part, layout in zip(parts, layouts, strict=True):
-        tensors = layout.tensors([trajectories[i].token_ids for i in part])
-        mask = layout.place([trajectories[i].loss_mask for i in part], fill=False)
+    parts = budget.parts([len(t.token_ids) for t in trajectories], branches=prompt_branches(trajectories))
+    parts = [part for part in parts if part]
+    layouts, batches = [], []
+    for part in parts:
+        own = [trajectories[i] for i in part]
+        layout = Layout([len(t.token_ids) for t in own], budget.rows, prompt_branches(own))
+        layouts.append(layout)
+        tensors = layout.tensors([t.token_ids for t in own])
+        mask = layout.place([t.loss_mask for t in own], fill=False)
         batches.append(Batch(tensors | {"loss_mask": mask}))
     values: dict[int, np.ndarray] = {}
     for part, layout, output in zip(parts, layouts, engine.forward(batches, compute), strict=True):
@@ -239,7 +243,7 @@ def token_values(
 
 
 def token_budget(config: RlhfConfig, engine: TrainEngine | FrozenEngine) -> TokenBudget:
-    return TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, engine.packed)
+    return TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, engine.packed, engine.branching)
 
 
 def torch_dtype(config: StageConfig) -> torch.dtype:

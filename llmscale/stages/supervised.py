@@ -96,7 +96,8 @@ class SupervisedRun:
         self.flops_per_token = flops_per_token(model, round(self.split.train.lengths.mean()))
         self.peak, self.peak_source = peak_flops(distributed.device(), config.engine.precision is Precision.bf16)
         self.engine = build(config.engine, model, config.optim, self.num_steps)
-        self.budget = TokenBudget(config.engine.micro_batch_size * config.data.max_seq_len, self.engine.packed)
+        tokens = config.engine.micro_batch_size * config.data.max_seq_len
+        self.budget = TokenBudget(tokens, self.engine.packed, self.engine.branching)
         self.prepared = Prefetcher(self.prepare_step, self.num_steps)
         training = config.training
         self.store = CheckpointStore(run_dir / "checkpoints", training.keep_checkpoints, training.keep_best)
@@ -214,9 +215,7 @@ class SupervisedRun:
         parts = self.budget.parts(
             examples.lengths[taken], *self.config.engine.data_shard(self.world.rank, self.world.size)
         )
-        return [
-            self.objective.prepare([examples[int(i)] for i in taken[part]], self.budget.row_tokens) for part in parts
-        ]
+        return [self.objective.prepare([examples[int(i)] for i in taken[part]], self.budget.rows) for part in parts]
 
     def note(self, step: int, metrics: Metrics) -> None:
         """Adds `perf/mfu`: the share of what the devices of all ranks could do that the model's arithmetic took."""

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from llmscale.batch import Branch, branches_of
 from llmscale.data.batching import Prefetcher, TokenBudget
 
 
@@ -24,6 +25,26 @@ def test_every_example_once_and_every_rank_as_many_parts_of_like_size(world_size
     assert max(map(max, loads)) <= 512
     if packed:
         assert max(map(sum, loads)) - min(map(sum, loads)) <= lengths.max() * len(loads[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("seed", range(10))
+def test_samples_of_a_prompt_stay_together_as_far_as_they_fit(world_size: int, seed: int):
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(20, 100, size=8)
+    lengths = [int(prompt + rng.integers(1, 64)) for prompt in prompts for _ in range(8)]
+    branches = [Branch(i - i % 8, int(prompts[i // 8]) - 1) if i % 8 else None for i in range(64)]
+    budget = TokenBudget(tokens=400, packed=True, branching=True)
+    ranks = [budget.parts(lengths, rank, world_size, branches) for rank in range(world_size)]
+    assert sorted(i for parts in ranks for part in parts for i in part) == list(range(64))
+    computed = 0
+    for part in (part for parts in ranks for part in parts):
+        own = [branches_of([np.arange(lengths[i]) for i in part], [i // 8 for i in part], [lengths[i] for i in part])]
+        shared = [min(b.shared, int(prompts[i // 8]) - 1) if b else 0 for i, b in zip(part, own[0], strict=True)]
+        assert sum(lengths[i] for i in part) - sum(shared) <= 400
+        computed += sum(lengths[i] for i in part) - sum(shared)
+    apart = sum(len(p) for p in [TokenBudget(400, packed=True).parts(lengths)])
+    assert computed <= sum(lengths) - sum(int(p) - 1 for p in prompts) * 5 and apart > sum(map(len, ranks))
 
 
 def test_an_example_beyond_the_budget_has_a_part_of_its_own():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmscale.batch import Batch, TokenExample
+from llmscale.batch import Batch, Rows, TokenExample
 from llmscale.engine.accounting import StepTotals
 from llmscale.models.forward import ModelForward
 from llmscale.models.head import TokenHead, scored
@@ -125,7 +125,7 @@ def test_padding_on_the_left_changes_nothing():
 @pytest.mark.parametrize("row_tokens", [15, 24, 1000])
 def test_documents_that_share_rows_change_nothing(row_tokens: int):
     model, examples = language_model(), token_examples(LENGTHS)
-    batch = OBJECTIVE.prepare(examples, row_tokens)
+    batch = OBJECTIVE.prepare(examples, Rows(row_tokens))
     assert len(batch["input_ids"]) < len(examples)
     assert_same_step(step(model, [OBJECTIVE.prepare(examples)]), step(model, [batch]))
 

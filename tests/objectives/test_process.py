@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmscale.batch import Batch, SteppedExample
+from llmscale.batch import Batch, Rows, SteppedExample
 from llmscale.engine.accounting import StepTotals
 from llmscale.models.forward import ModelForward
 from llmscale.objectives.config import ProcessConfig
@@ -93,7 +93,7 @@ def test_the_split_into_micro_batches_changes_nothing(sizes: list[int]):
 def test_solutions_that_share_rows_change_nothing(row_tokens: int):
     model, examples = scalar_model(), solutions()
     padded, gradient = step(model, [OBJECTIVE.prepare(examples)])
-    batch = OBJECTIVE.prepare(examples, row_tokens)
+    batch = OBJECTIVE.prepare(examples, Rows(row_tokens))
     assert len(batch["input_ids"]) < len(examples)
     packed, same = step(model, [batch])
     assert packed == pytest.approx(padded, rel=1e-5, abs=1e-6)

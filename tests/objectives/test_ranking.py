@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmscale.batch import Batch, RankedExample
+from llmscale.batch import Batch, RankedExample, Rows
 from llmscale.engine.accounting import StepTotals
 from llmscale.errors import DataError
+from llmscale.models.attention import attend_by_document
 from llmscale.models.forward import ModelForward
 from llmscale.objectives.config import RankingConfig, RankingKind
 from llmscale.objectives.ranking import Ranking, ranking_loss, untied_pairs
@@ -207,10 +208,26 @@ def test_the_split_into_micro_batches_changes_nothing(kind: str, sizes: list[int
 def test_completions_that_share_rows_change_nothing(kind: str, row_tokens: int):
     model, examples = scalar_model(), ranked(RANKINGS)
     padded, gradient = step(model, kind, [objective(kind).prepare(examples)])
-    batch = objective(kind).prepare(examples, row_tokens)
+    batch = objective(kind).prepare(examples, Rows(row_tokens))
     assert batch["input_ids"].shape[1] <= row_tokens and len(batch["input_ids"]) < len(batch["ranks"])
     packed, same = step(model, kind, [batch])
     assert packed == pytest.approx(padded, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_that_begin_alike_share_that_and_change_nothing(kind: str):
+    model, examples = scalar_model(), ranked(RANKINGS)
+    for example in examples:
+        for number, sequence in enumerate(example.sequences[1:]):
+            beginning = min(2 + number, len(sequence) - 1, len(example.sequences[0]))
+            sequence[:beginning] = example.sequences[0][:beginning]
+    padded, gradient = step(model, kind, [objective(kind).prepare(examples)])
+    assert attend_by_document(model)
+    batch = objective(kind).prepare(examples, Rows(1000, branching=True))
+    assert batch.num_tokens < sum(len(s) for e in examples for s in e.sequences)
+    shared, same = step(model, kind, [batch])
+    assert shared == pytest.approx(padded | {"num_tokens": float(batch.num_tokens)}, rel=1e-5, abs=1e-6)
     assert (gradient - same).norm() < 1e-5 * gradient.norm()
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmscale.batch import Batch
+from llmscale.batch import Batch, Rows
 from llmscale.engine.accounting import StepTotals
 from llmscale.functional import token_entropy, token_logprobs
+from llmscale.models.attention import attend_by_document
 from llmscale.models.forward import ModelForward
 from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.experience import Experience
@@ -137,8 +138,26 @@ def test_sequences_that_share_rows_change_nothing(kind: str):
     model, objective = (make() for make in KINDS[kind])
     examples = experiences([9, 6, 12, 4])
     padded, gradient = step(model, objective, [objective.prepare(examples)])
-    packed, same = step(model, objective, [objective.prepare(examples, 16)])
+    packed, same = step(model, objective, [objective.prepare(examples, Rows(16))])
     assert packed == pytest.approx(padded, rel=1e-5, abs=1e-6)
+    assert (gradient - same).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_that_share_their_prompt_change_nothing(kind: str):
+    """Two prompts of four and three samples in one row; a third prompt of one."""
+    model, objective = (make() for make in KINDS[kind])
+    examples = experiences([15, 15, 15, 15, 9, 9, 9, 12])
+    for first, others in ((0, (1, 2, 3)), (4, (5, 6))):
+        for other in others:
+            prompt = ~examples[first].loss_mask
+            examples[other].token_ids[prompt] = examples[first].token_ids[prompt]
+    padded, gradient = step(model, objective, [objective.prepare(examples)])
+    assert attend_by_document(model)
+    batch = objective.prepare(examples, Rows(1000, branching=True))
+    assert batch.num_tokens == 99 - 3 * (15 // 3 - 1) - 2 * (9 // 3 - 1)
+    shared, same = step(model, objective, [batch])
+    assert shared == pytest.approx(padded | {"num_tokens": float(batch.num_tokens)}, rel=1e-5, abs=1e-6)
     assert (gradient - same).norm() < 1e-5 * gradient.norm()
 
 

@@ -1,0 +1,121 @@
+"""Attention over packed rows, one document after another: what a token cannot see is never computed, and no mask is made.
+
+Positions say what sees what. A *run* is a stretch of a row whose positions count up by one. One that begins at 0 is a
+document. One that begins at p > 0 is a branch: it goes on after the first p tokens of the last document, as another sample
+goes on after the same prompt, whose keys and values several samples share that way.
+
+Legend: B rows, T tokens, H heads, D head size, Q tokens of a run, K tokens that its last one sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llmscale.errors import ModelError
+from llmscale.models.loading import Model, isolates
+
+DOCUMENTS = "by_document"  # as transformers knows it
+NOT_HERE = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some architectures do to attention besides
+# Up to so many keys torch's attention on a CPU takes half the time in fp32 that it takes in bf16, and not more beyond.
+WIDE_KEYS = 512
+
+
+@dataclass(frozen=True)
+class Run:
+    length: int  # Q
+    document: int | None = None  # for a branch: the number of the run that it goes on from
+    seen: int = 0  # how many tokens of that
+    mask: Tensor | None = None  # bool [Q, K]; None: each token sees those before it
+
+
+def runs_of(positions: Tensor) -> list[Run]:
+    """The runs of one row; positions: [T]."""
+    starts = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist()]
+    firsts = positions[starts].tolist()
+    runs: list[Run] = []
+    document = 0
+    for number, (start, stop) in enumerate(pairwise([*starts, len(positions)])):
+        length, seen = stop - start, firsts[number]
+        if number and seen:
+            mask = torch.ones(length, seen + length, dtype=torch.bool, device=positions.device).tril(seen)
+            runs.append(Run(length, document, seen, mask))
+        else:
+            document = number
+            runs.append(Run(length))
+    return runs
+
+
+class ByDocument:
+    """What transformers calls in each layer instead of its own sdpa."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, list[list[Run]]] | None = None
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        """query: [B, H, T, D] -> [B, T, H, D]. Raises: ModelError where an architecture wants another attention."""
+        positions = settings.pop("position_ids", None)
+        if positions is None or key.shape[2] != query.shape[2] or any(settings.get(n) is not None for n in NOT_HERE):
+            what = f"attention by document is not made for a {type(module).__name__}"
+            raise ModelError(what, where="engine.attention", fix="Leave it at auto.")
+        rows = self._runs(positions)
+        if all(len(runs) == 1 for runs in rows):
+            return _attend(module, query, key, value, None, **settings), None
+        whole = zip(rows, query.split(1), key.split(1), value.split(1), strict=True)
+        return torch.cat([_row(module, *row, **settings) for row in whole]), None
+
+    def _runs(self, positions: Tensor) -> list[list[Run]]:
+        if self._last is None or self._last[0] is not positions:  # the layers of one forward pass the same tensor
+            self._last = positions, [runs_of(row) for row in positions]
+        return self._last[1]
+
+
+def attend_by_document(model: Model) -> bool:
+    """Let a model attend so, if its architecture can; whether it does now."""
+    if model.hf.config._attn_implementation != "sdpa":
+        return False
+    model.hf.set_attn_implementation(DOCUMENTS)
+    try:
+        works = isolates(model)
+    except ModelError:
+        works = False
+    if not works:
+        model.hf.set_attn_implementation("sdpa")
+    return works
+
+
+def _row(module: nn.Module, runs: list[Run], query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """[1, H, T, D] -> [1, T, H, D]."""
+    # Split and not sliced: the gradient of a slice is as long as the row.
+    lengths = [run.length for run in runs]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    done = []
+    for number, run in enumerate(runs):
+        k, v = keys[number], values[number]
+        if run.document is not None:
+            k, v = (torch.cat([of[run.document][:, :, : run.seen], x], 2) for of, x in ((keys, k), (values, v)))
+        done.append(_attend(module, queries[number], k, v, run.mask, **settings))
+    return torch.cat(done, dim=1)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+) -> Tensor:
+    narrow = value.dtype is torch.bfloat16 and value.device.type == "cpu" and key.shape[2] <= WIDE_KEYS
+    if not narrow:
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
+    with torch.autocast("cpu", enabled=False):  # it would make them bf16 again
+        wide = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **settings)[0]
+    return wide.to(value.dtype)
+
+
+AttentionInterface.register(DOCUMENTS, ByDocument())
+AttentionMaskInterface.register(DOCUMENTS, lambda *_, **__: None)
