@@ -45,9 +45,9 @@ def _llama(seed: int, vocab_size: int, tie: bool, max_position: int, kind: type,
 
 
 def language_model(
-    seed: int = 0, *, vocab_size: int = VOCAB_SIZE, tie: bool = True, max_position: int = 64
+    seed: int = 0, *, vocab_size: int = VOCAB_SIZE, tie: bool = True, max_position: int = 64, head_dim: int = 8
 ) -> LanguageModel:
-    return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM))
+    return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM, head_dim=head_dim))
 
 
 def adapted_model(seed: int = 0, *, rank: int = 4, base: LanguageModel | None = None) -> LanguageModel:

@@ -1,10 +1,11 @@
-"""What every rollout engine does. An engine joins by a function in ENGINES that builds it round a model."""
+"""What every rollout engine does. An engine joins by a fixture that builds it round a model, named in ENGINES."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,42 @@ from llmscale.models.loading import LanguageModel
 from llmscale.protocols import RolloutEngine, SamplingRequest
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.hf import HFRollout
-from tests.tiny import language_model, prompt, published, tokenizer
+from tests import tiny
+from tests.rollout.apart import Apart
+from tests.tiny import prompt, published, tokenizer
 
-NEVER = 250  # a token id that the tiny models do not have
 STOP = 5
 PROMPTS = [[7], [7, 8, 9], [20, 21, 22, 23, 24, 25, 26], [3, 1, 4, 1, 5], [60, 61]]
 
 
-def hf(model: LanguageModel, *, seed: int = 0, stop_ids: Sequence[int] = (NEVER,), **settings: Any) -> RolloutEngine:
-    return HFRollout(HFRolloutConfig(**settings), copy.deepcopy(model), tokenizer(), seed, stop_ids)
+language_model = partial(tiny.language_model, head_dim=32)  # vLLM has no attention for smaller ones on CPUs
 
 
-ENGINES: dict[str, Callable[..., RolloutEngine]] = {"hf": hf}
+@pytest.fixture
+def hf() -> Callable[..., RolloutEngine]:
+    def make(model: LanguageModel, *, seed: int = 0, stop_ids: Sequence[int] = (), **settings: Any) -> HFRollout:
+        return HFRollout(HFRolloutConfig(**settings), copy.deepcopy(model), tokenizer(), seed, stop_ids)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def apart(vllm_installed: None) -> Iterator[Apart]:
+    with Apart() as apart:
+        yield apart
+
+
+@pytest.fixture
+def vllm(apart: Apart) -> Callable[..., RolloutEngine]:
+    return apart.engine
+
+
+ENGINES = ["hf", "vllm"]
 
 
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Callable[..., RolloutEngine]:
-    return ENGINES[request.param]
+    return request.getfixturevalue(request.param)
 
 
 def requests(prompts: Sequence[Sequence[int]] = PROMPTS, group_size: int = 2) -> list[SamplingRequest]:
@@ -186,10 +206,12 @@ def test_the_models_saved_generation_settings_are_not_used(make):
     assert tokens(make(model, max_new_tokens=12).generate(requests())) == tokens(plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype):
-    """Tied weights, and a first call before the update: a cached copy of the old ones would show."""
-    old, new = language_model(seed=0).to(dtype), language_model(seed=1).to(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "tie"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)], ids=str
+)
+def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype, tie: bool):
+    """A first call before the update: a cached copy of the old ones would show."""
+    old, new = language_model(seed=0, tie=tie).to(dtype), language_model(seed=1, tie=tie).to(dtype)
     engine, fresh = make(old, max_new_tokens=12), make(new, max_new_tokens=12)
     before = engine.generate(requests())
     engine.load_weights(3, published(new, dtype))
@@ -197,6 +219,19 @@ def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype
     assert tokens(before) != tokens(after) == tokens(expected)
     for a, b in zip(after, expected, strict=True):
         np.testing.assert_array_equal(a.rollout_logprobs, b.rollout_logprobs)
+
+
+def test_new_weights_read_a_known_prompt_again(make):
+    """Keys and values that the old ones made of it are of no use: here they are of all of it but a token."""
+    old, new = language_model(seed=0), language_model(seed=1)
+    asked = requests([[7, 8, 9] * 11], group_size=4)
+    engine, fresh = make(old, max_new_tokens=8), make(new, max_new_tokens=8)
+    engine.generate(asked)
+    engine.load_weights(1, published(new))
+    after, expected = engine.generate(asked), fresh.generate(asked)
+    assert tokens(after) == tokens(expected)
+    for a, b in zip(after, expected, strict=True):
+        np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5)
 
 
 def test_every_token_carries_the_version_that_produced_it(make):
