@@ -24,7 +24,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run launchers/*.sh slurm/*.sbatch
 
-bench: .venv/.bench
+bench: .venv/.bench vllm
 	$(BIN)/python -m tests.bench.speed $(BENCH)
 
 .venv/.bench: $(STAMP)

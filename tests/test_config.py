@@ -369,7 +369,6 @@ def test_the_impossible_is_refused(stage: str, overrides: list[str], where: str)
         ("rlhf", ["cluster=local"], "rollout", "cluster=ray"),
         ("collect", ["cluster=local", "method=best_of_n"], "rollout", "cluster=ray"),
         ("collect", ["cluster=ray", "method=beam"], "rollout", "Choose it"),
-        ("rlhf", ["cluster=ray", "model.adapter=lora", "publish=adapter"], "publish", "merged"),
         ("rlhf", ["cluster=ray", "rollout.gpu_memory_share=1.5"], "rollout.gpu_memory_share", "0.9"),
         ("generate", [], "rollout", "hf"),
         ("chat", [], "rollout", "hf"),

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmscale.batch import Trajectory
 from llmscale.errors import ModelError
+from llmscale.models.export import save_adapter
 from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import check_names, published_parameters, unpack
 from llmscale.protocols import SamplingRequest, WeightBucket
@@ -51,18 +54,21 @@ class VLLMRollout:
         stop_ids: Sequence[int],
         max_seq_len: int | None = None,
     ):
-        """`model` is an empty one, which says where the weights are, of what shapes and in which precision to use them.
-        `max_seq_len` bounds prompt and completion together; None: the model's context."""
+        """`model` is an empty one, which says where the weights are, of what shapes and in which precision to use them. With an
+        adapter it takes new weights of that alone. `max_seq_len` bounds prompt and completion together; None: the model's
+        context."""
         self.config, self.tokenizer, self.seed, self.stop_ids = config, tokenizer, seed, list(stop_ids)
-        self.parameters = published_parameters(model)
+        self.model = model
         self.max_seq_len = max_seq_len or context_length(model)
         self.version = 0  # of the weights held; 0 are those that it was built with
         self.llm = _engine(config, model, self.max_seq_len)
+        self.adapter: Any = None  # the one to sample with; a new one would change nothing
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         check_room(requests, self.config.max_new_tokens, self.max_seq_len)
         prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
-        outputs = self.llm.generate(prompts, [self._settings(r) for r in requests], use_tqdm=False)
+        settings = [self._settings(r) for r in requests]
+        outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter)
         trajectories = []
         for request, output in zip(requests, outputs, strict=True):
             (sample,) = output.outputs
@@ -75,11 +81,25 @@ class VLLMRollout:
         """As in the protocol; an engine that has refused weights is of no further use."""
         check_newer(version, self.version)
         source = f"weights {version}"
-        check_names(self.parameters, buckets, source)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _checkpoint(buckets, source)})
-        self.llm.apply_model(_pack_embeddings)
+        check_names(published_parameters(self.model), buckets, source)
+        weights = (unpack(bucket, source) for bucket in buckets)  # one at a time, each checked before any of it is used
+        if self.model.adapter is not None:
+            self._take_adapter(version, weights)
+        else:
+            named = ((name.removeprefix("hf."), weight) for bucket in weights for name, weight in bucket.items())
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+            self.llm.apply_model(_pack_embeddings)
         self.llm.reset_prefix_cache()  # of keys and values that the old weights made
         self.version = version
+
+    def _take_adapter(self, version: int, weights: Iterator[dict[str, Tensor]]) -> None:
+        """vLLM reads adapters from files alone; there is room for one, so the old one goes."""
+        from vllm.lora.request import LoRARequest
+
+        with TemporaryDirectory() as folder:
+            save_adapter(self.model, Path(folder), weights)
+            self.adapter = LoRARequest(f"weights {version}", version, folder)
+            self.llm.llm_engine.add_lora(self.adapter)
 
     def _settings(self, request: SamplingRequest) -> Any:
         from vllm import SamplingParams
@@ -104,6 +124,7 @@ def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int) -
     os.environ |= ENVIRONMENT
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
+    from vllm.config.lora import MaxLoRARanks
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -112,6 +133,10 @@ def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int) -
         build: dict[str, Any] = {"num_gpu_blocks_override": pages, "kv_cache_memory_bytes": 1, "block_size": CPU_PAGE}
     else:
         build = {"gpu_memory_utilization": config.gpu_memory_share}
+    if model.adapter is not None:
+        ranks = get_args(MaxLoRARanks)
+        rank = next((r for r in ranks if r >= model.adapter.peft_config.r), max(ranks))
+        build |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     try:
         llm = LLM(
             model=model.hf.name_or_path,
@@ -147,13 +172,6 @@ def _cause(error: Exception) -> str:
     """pydantic puts a heading above what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[1] if len(lines) > 1 and "validation error" in lines[0] else lines[0]
-
-
-def _checkpoint(buckets: Sequence[WeightBucket], source: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights as a checkpoint names them, each bucket checked before any of it is used."""
-    for bucket in buckets:
-        for name, weight in unpack(bucket, source).items():
-            yield name.removeprefix("hf."), weight
 
 
 @torch.no_grad()

@@ -221,9 +221,6 @@ class RlhfConfig(TrainedConfig):
         yield from unfit_optimizer(self.engine, self.critic.optim, "critic.optim")
         if self.publish is Publish.adapter and self.model.adapter is None:
             yield "publish", "there is no adapter to publish", "Add model.adapter=lora, or leave it at merged."
-        if self.publish is Publish.adapter and isinstance(self.rollout, VLLMRolloutConfig):
-            what = "vLLM takes an adapter from a file under a new name each time, and keeps those of old names"
-            yield "publish", what, "Leave it at merged, or choose rollout=hf."
         if self.engine.data_shard(1, 2) != (1, 2):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."

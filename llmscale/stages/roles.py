@@ -180,7 +180,7 @@ class RolloutRole:
         path = str(config.model.path)
         takes_adapter = isinstance(config, RlhfConfig) and config.publish is Publish.adapter
         by_vllm = isinstance(config.rollout, VLLMRolloutConfig)  # which reads the weights itself
-        model = load_policy(config) if takes_adapter else load_language_model(path, empty=by_vllm)
+        model = load_policy(config, empty=by_vllm) if takes_adapter else load_language_model(path, empty=by_vllm)
         tokenizer = load_tokenizer(path)
         cast_parameters(model, torch_dtype(config))
         renderer = ChatRenderer(tokenizer)

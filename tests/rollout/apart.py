@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from llmscale.batch import Trajectory
+from llmscale.models.adapters import adapted
+from llmscale.models.config import LoraConfig
 from llmscale.models.loading import LanguageModel, cast_parameters, load_language_model
 from llmscale.models.weights import fingerprint
 from llmscale.protocols import SamplingRequest, WeightBucket
@@ -33,6 +35,7 @@ class Wanted:
     folder: str
     holds: str  # digest of the model that it starts with
     dtype: torch.dtype
+    adapter: LoraConfig | None
     config: VLLMRolloutConfig
     seed: int
     stop_ids: Sequence[int]
@@ -74,15 +77,21 @@ class Apart:
         shutil.rmtree(self.folder)
 
     def engine(
-        self, model: LanguageModel, *, seed: int = 0, stop_ids: Sequence[int] = (), **settings: Any
+        self,
+        model: LanguageModel,
+        *,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+        adapter: LoraConfig | None = None,
+        **settings: Any,
     ) -> ApartEngine:
         number = next(self.numbers)
         folder = str(self.folder / str(number))
         model.hf.save_pretrained(folder)
         (dtype,) = {p.dtype for p in model.parameters()}
-        holds = f"{model.hf.config} {fingerprint(dict(model.named_parameters()))}"
+        holds = f"{model.hf.config} {fingerprint(dict(model.named_parameters()))} {adapter}"
         config = VLLMRolloutConfig(**settings)
-        return ApartEngine(Wanted(number, folder, holds, dtype, config, seed, stop_ids), self)
+        return ApartEngine(Wanted(number, folder, holds, dtype, adapter, config, seed, stop_ids), self)
 
     def ask(self, wanted: Wanted, method: str, *args: Any) -> Any:
         self.pipe.send((wanted, method, args))
@@ -100,8 +109,9 @@ class _Engines:
     engine: Any = None
     wanted: Wanted | None = None
     gone: set[int] = field(default_factory=set)
+    untouched: bool = True  # no weights were offered to it
 
-    def get(self, wanted: Wanted) -> Any:
+    def call(self, wanted: Wanted, method: str, args: Sequence[Any]) -> Any:
         assert wanted.number not in self.gone, "a test may not go back to an engine that has made room"
         if self.wanted is None or wanted.number != self.wanted.number:
             if self.wanted is not None:
@@ -109,20 +119,21 @@ class _Engines:
             if not self._serves(wanted):
                 self._build(wanted)
             self.wanted = wanted
-        engine = self.engine
-        engine.config, engine.seed, engine.stop_ids = wanted.config, wanted.seed, list(wanted.stop_ids)
-        return engine
+        self.engine.config, self.engine.seed = wanted.config, wanted.seed
+        self.engine.stop_ids = list(wanted.stop_ids)
+        self.untouched &= method != "load_weights"
+        return getattr(self.engine, method)(*args)
 
     def _serves(self, wanted: Wanted) -> bool:
-        untouched = self.engine is not None and self.engine.version == 0
-        return untouched and (wanted.holds, wanted.dtype) == (self.wanted.holds, self.wanted.dtype)
+        there = self.engine is not None and self.wanted is not None and self.untouched
+        return there and (wanted.holds, wanted.dtype) == (self.wanted.holds, self.wanted.dtype)
 
     def _build(self, wanted: Wanted) -> None:
         from llmscale.rollout.vllm import VLLMRollout
 
-        self.engine = None
+        self.engine, self.untouched = None, True
         gc.collect()
-        model = load_language_model(wanted.folder, empty=True)
+        model = adapted(load_language_model(wanted.folder, empty=True), wanted.adapter, seed=0)
         cast_parameters(model, wanted.dtype)
         self.engine = VLLMRollout(wanted.config, model, tokenizer(), wanted.seed, wanted.stop_ids)
 
@@ -132,10 +143,8 @@ def _serve(pipe: Connection) -> None:
     while True:
         wanted, method, args = pipe.recv()
         try:
-            answer = getattr(engines.get(wanted), method)(*args)
+            answer = engines.call(wanted, method, args)
         except Exception as error:  # the test's to judge
             answer = error
-            if method == "load_weights":
-                engines.engine = None  # it has refused weights
         pipe.send(answer)
         del answer  # an error's traceback would keep the engine alive, whose late end takes away what the next one uses

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from llmscale.batch import Trajectory, token_tensors
-from llmscale.errors import DataError, WeightMismatchError
+from llmscale.errors import DataError, ModelError, WeightMismatchError
 from llmscale.functional import token_logprobs
+from llmscale.models.adapters import adapted
+from llmscale.models.config import LoraConfig
 from llmscale.models.loading import LanguageModel
 from llmscale.protocols import RolloutEngine, SamplingRequest
 from llmscale.rollout.config import HFRolloutConfig
@@ -32,8 +34,16 @@ language_model = partial(tiny.language_model, head_dim=32)  # vLLM has no attent
 
 @pytest.fixture
 def hf() -> Callable[..., RolloutEngine]:
-    def make(model: LanguageModel, *, seed: int = 0, stop_ids: Sequence[int] = (), **settings: Any) -> HFRollout:
-        return HFRollout(HFRolloutConfig(**settings), copy.deepcopy(model), tokenizer(), seed, stop_ids)
+    def make(
+        model: LanguageModel,
+        *,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+        adapter: LoraConfig | None = None,
+        **settings: Any,
+    ) -> HFRollout:
+        own = adapted(copy.deepcopy(model), adapter, seed=0)
+        return HFRollout(HFRolloutConfig(**settings), own, tokenizer(), seed, stop_ids)
 
     return make
 
@@ -99,12 +109,16 @@ def test_logprobs_equal_the_trainers(make, temperature: float):
     """The trainer sees rows padded on the right; what the engine does inside is its own affair."""
     model = language_model()
     made = make(model, max_new_tokens=20, temperature=temperature).generate(requests())
+    assert difference(model, made, temperature) < 1e-4
+
+
+def difference(model: LanguageModel, made: Sequence[Trajectory], temperature: float = 1.0) -> float:
+    """The largest, between the log-probabilities of trainer and engine."""
     batch = token_tensors([t.token_ids for t in made])
     with torch.no_grad():
         trainer = token_logprobs(model(batch["input_ids"], batch["position_ids"]), batch["input_ids"], temperature)
-    for row, t in zip(trainer.numpy(), made, strict=True):
-        own = row[: len(t.token_ids)][t.loss_mask]
-        assert np.abs(own - t.rollout_logprobs[t.loss_mask]).max() < 1e-4
+    rows = zip(trainer.numpy(), made, strict=True)
+    return max(np.abs(row[: len(t.token_ids)] - t.rollout_logprobs)[t.loss_mask].max() for row, t in rows)
 
 
 def test_the_same_requests_give_the_same_bits(make):
@@ -234,6 +248,28 @@ def test_new_weights_read_a_known_prompt_again(make):
         np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5)
 
 
+def test_an_adapter_comes_alone(make):
+    """Twice, and onto a prompt that is known: nothing of the base or of the first one shows."""
+    engine = make(language_model(), max_new_tokens=8, adapter=LoraConfig(rank=4, alpha=8))
+    asked = requests([*PROMPTS, [7, 8, 9] * 11])
+    before = engine.generate(asked)
+    assert difference(language_model(), before) < 1e-4
+    for version in (1, 2):
+        policy = tiny.adapted_model(seed=version, base=language_model())
+        engine.load_weights(version, published(policy))
+        made = engine.generate(asked)
+        assert difference(policy, made) < 1e-4 and tokens(made) != tokens(before)
+
+
+def test_weights_of_another_model_are_refused(make):
+    engine = make(language_model(), max_new_tokens=4)
+    with pytest.raises(WeightMismatchError, match=r"published hf.model.embed_tokens.weight is \(48, 32\)"):
+        engine.load_weights(1, published(language_model(vocab_size=48)))
+    with pytest.raises(WeightMismatchError, match=r"differ by name: hf\.lm_head\.weight"):
+        engine.load_weights(1, published(language_model(tie=False)))
+    assert engine.generate(requests())[0].weight_versions[-1] == 0
+
+
 def test_every_token_carries_the_version_that_produced_it(make):
     engine = make(language_model(), max_new_tokens=4)
     for version in (0, 1, 5):
@@ -258,3 +294,8 @@ def test_a_damaged_bucket_is_refused(make):
     with pytest.raises(WeightMismatchError, match="not those published") as caught:
         engine.load_weights(1, buckets)
     assert "weights 1" in str(caught.value.where)
+
+
+def test_vllm_says_which_heads_it_lacks(vllm):
+    with pytest.raises(ModelError, match="no attention for heads of 8, only 32, 64"):
+        vllm(language_model(head_dim=8)).generate(requests())
