@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/data beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Leaves out what needs it, or fails where CI is true."""
+    if find_spec("vllm") is None:
+        missing = "vLLM is not installed: make vllm"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
 
 
 def _parent(entry: Path) -> int:

@@ -97,13 +97,16 @@ def test_every_experiment_composes_and_survives_freezing(experiment: str, stage:
         if stage == "rlhf" or group in ("model", "engine", "cluster")
     ],
 )
-def test_every_choice_composes(stage: str, override: str):
+def test_every_choice_composes(stage: str, override: str, request: pytest.FixtureRequest):
     of_reward = override.partition("=")[2] if override.startswith("reward=") else "learned"
     needed = [n for n in NEEDED[stage] if not n.startswith("reward.path")]
     more = [*(REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else [])]
     group, _, name = override.partition("=")
     more += [*ENVIRONMENT_NEEDS[name], "data.max_seq_len=512"] if group == "environment" else []
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
+    if override == "rollout=vllm":
+        request.getfixturevalue("vllm_installed")
+        more.append("cluster=ray")
     assert compose(stage, [*needed, override, *more]).stage == stage
 
 
@@ -358,6 +361,28 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
 )
 def test_the_impossible_is_refused(stage: str, overrides: list[str], where: str):
     assert refused(stage, *overrides).where == where
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "where", "fix"),
+    [
+        ("rlhf", ["cluster=local"], "rollout", "cluster=ray"),
+        ("collect", ["cluster=local", "method=best_of_n"], "rollout", "cluster=ray"),
+        ("collect", ["cluster=ray", "method=beam"], "rollout", "Choose it"),
+        ("rlhf", ["cluster=ray", "rollout.gpu_memory_share=1.5"], "rollout.gpu_memory_share", "0.9"),
+        ("generate", [], "rollout", "hf"),
+        ("chat", [], "rollout", "hf"),
+    ],
+)
+def test_where_vllm_cannot_be_used(vllm_installed: None, stage: str, overrides: list[str], where: str, fix: str):
+    error = refused(stage, "rollout=vllm", *overrides)
+    assert error.where == where and fix in str(error.fix)
+
+
+def test_vllm_that_is_not_installed_is_found_before_work_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llmscale.rollout.config.find_spec", lambda name: None)
+    error = refused("rlhf", "rollout=vllm", "cluster=ray")
+    assert error.where == "rollout.name" and "make vllm" in str(error.fix)
 
 
 def test_an_optimizer_that_zero_breaks_names_those_that_it_does_not():

@@ -15,7 +15,7 @@ from llmscale.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from llmscale.models.adapters import adapted
 from llmscale.models.config import LoraConfig
 from llmscale.models.loading import LanguageModel, ScalarModel
-from llmscale.models.weights import pack
+from llmscale.models.weights import pack, published_parameters
 from llmscale.protocols import WeightBucket
 
 VOCAB_SIZE = 64
@@ -45,9 +45,9 @@ def _llama(seed: int, vocab_size: int, tie: bool, max_position: int, kind: type,
 
 
 def language_model(
-    seed: int = 0, *, vocab_size: int = VOCAB_SIZE, tie: bool = True, max_position: int = 64
+    seed: int = 0, *, vocab_size: int = VOCAB_SIZE, tie: bool = True, max_position: int = 64, head_dim: int = 8
 ) -> LanguageModel:
-    return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM))
+    return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM, head_dim=head_dim))
 
 
 def adapted_model(seed: int = 0, *, rank: int = 4, base: LanguageModel | None = None) -> LanguageModel:
@@ -110,6 +110,6 @@ def trajectory(
 
 
 def published(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> list[WeightBucket]:
-    """The model's weights in two buckets."""
-    weights = [(name, p.detach()) for name, p in model.named_parameters()]
+    """The model's weights in two buckets, or those of its adapter."""
+    weights = [(name, p.detach()) for name, p in published_parameters(model).items()]
     return [pack(dict(part), dtype) for part in (weights[:5], weights[5:])]

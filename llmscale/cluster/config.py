@@ -53,6 +53,11 @@ class ClusterConfig:
     reward: PoolConfig = field(default_factory=PoolConfig)
     rollout: PoolConfig = field(default_factory=PoolConfig)
 
+    @property
+    def one_process(self) -> bool:
+        """Whether every worker runs in the driver's own process."""
+        return self.backend is Backend.local and self.address is None
+
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
         yield from at_least(self, stall_timeout_s=1, max_restarts=0)

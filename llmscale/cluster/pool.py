@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmscale.cluster.config import Backend, ClusterConfig
+from llmscale.cluster.config import ClusterConfig
 from llmscale.cluster.environment import set_ray_environment
 
 
@@ -55,7 +55,7 @@ def opened_pools(
     Raises: ClusterError when the cluster lacks the resources.
     """
     one_each = all(getattr(cluster, name).num_workers == 1 for name in roles)
-    if cluster.backend is Backend.local and cluster.address is None and one_each:
+    if cluster.one_process and one_each:
         from llmscale.cluster.local import LocalPool
 
         yield {name: LocalPool(name, build) for name, build in roles.items()}

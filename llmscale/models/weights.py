@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,40 +32,59 @@ def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
     )
 
 
-def load_buckets(model: nn.Module, buckets: list[WeightBucket], source: str) -> None:
+def load_buckets(model: nn.Module, buckets: Sequence[WeightBucket], source: str) -> None:
     """Copy published weights into `model`, then check that it holds exactly what was published: all of its own, or those of
     its adapter alone.
 
     Raises: WeightMismatchError naming `source` when a weight is missing or unknown, or its shape or bits differ.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = published_parameters(model)
+    check_names(parameters, buckets, source)
+    for bucket in buckets:
+        with torch.no_grad():
+            for name, array in bucket.arrays.items():
+                parameters[name].copy_(_restore(array, bucket.dtypes[name]))
+        _check_bits({name: parameters[name].detach() for name in bucket.arrays}, bucket, source)
+
+
+def published_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_names(parameters: Mapping[str, Tensor], buckets: Sequence[WeightBucket], source: str) -> None:
+    """Raises: WeightMismatchError when the buckets hold other weights than these, or weights of other shapes."""
+    shapes = {name: array.shape for bucket in buckets for name, array in bucket.arrays.items()}
     sent = [name for bucket in buckets for name in bucket.arrays]
     if sorted(sent) != sorted(parameters):
         odd = sorted(set(sent) ^ set(parameters))
         raise WeightMismatchError(f"published and own weights differ by name: {', '.join(odd[:4])}", where=source)
-    shapes = {name: array.shape for bucket in buckets for name, array in bucket.arrays.items()}
     for name, parameter in parameters.items():
         if shapes[name] != tuple(parameter.shape):
             what = f"published {name} is {shapes[name]}, own is {tuple(parameter.shape)}"
             raise WeightMismatchError(what, where=source)
-    for bucket in buckets:
-        with torch.no_grad():
-            for name, array in bucket.arrays.items():
-                # The store's arrays are read-only and torch wants to write: from_numpy of a view is only read here.
-                parameters[name].copy_(_restore(array, bucket.dtypes[name]))
-        held = fingerprint({name: parameters[name].detach() for name in bucket.arrays})
-        if held != bucket.digest:
-            raise WeightMismatchError(
-                f"the weights held ({held}) are not those published ({bucket.digest})",
-                where=source,
-                fix="A bucket was damaged on its way. Nothing was sampled with it; the same command resumes.",
-            )
+
+
+def unpack(bucket: WeightBucket, source: str) -> dict[str, Tensor]:
+    """The weights of a bucket, on the CPU. Raises: WeightMismatchError when they are not those that were published."""
+    weights = {name: _restore(array, bucket.dtypes[name]) for name, array in bucket.arrays.items()}
+    _check_bits(weights, bucket, source)
+    return weights
+
+
+def _check_bits(held: Mapping[str, Tensor], bucket: WeightBucket, source: str) -> None:
+    found = fingerprint(held)
+    if found != bucket.digest:
+        raise WeightMismatchError(
+            f"the weights held ({found}) are not those published ({bucket.digest})",
+            where=source,
+            fix="A bucket was damaged on its way. Nothing was sampled with it; the same command resumes.",
+        )
 
 
 def _restore(array: np.ndarray, dtype: str) -> Tensor:
-    target = getattr(torch, dtype)
-    array = array if array.flags.writeable else array.copy()
-    return torch.from_numpy(array).view(target)
+    """The same memory as a tensor. That of Ray's object store is read-only, and is only read here."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        return torch.from_numpy(array).view(getattr(torch, dtype))
 
 
 def _bits(value: Tensor) -> Tensor:

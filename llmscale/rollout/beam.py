@@ -19,6 +19,7 @@ from llmscale.batch import Batch, Trajectory, pad_rows, token_tensors
 from llmscale.models.forward import ModelForward
 from llmscale.models.loading import LanguageModel
 from llmscale.protocols import SamplingRequest
+from llmscale.rollout.completion import as_trajectory
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.hf import HFRollout
 
@@ -59,14 +60,19 @@ class BeamSearch(HFRollout):
         output = self.model.hf.generate(**prompts, generation_config=self._generation)
         completions = output[:, prompts["input_ids"].shape[1] :].cpu().numpy()
         beams = completions.reshape(len(requests), -1, completions.shape[-1])
-        zeros = np.zeros(completions.shape[-1], dtype=np.float32)
         # A beam wider than what there is to find holds some of it twice.
         found = [
-            list({t.token_ids.tobytes(): t for t in (self._trajectory(r, row, zeros) for row in rows)}.values())
+            list({t.token_ids.tobytes(): t for t in (self._ended(r, row) for row in rows)}.values())
             for r, rows in zip(requests, beams, strict=True)
         ]
         scored = iter(self._with_logprobs([t for group in found for t in group]))
         return [best for group in found for best in self._best([next(scored) for _ in group])]
+
+    def _ended(self, request: SamplingRequest, row: np.ndarray) -> Trajectory:
+        """int64 [T], padded -> the completion up to its first stop token, without log-probabilities."""
+        ends = np.flatnonzero(np.isin(row, self.stop_ids))
+        ids = row[: ends[0] + 1].tolist() if len(ends) else row.tolist()
+        return as_trajectory(request, ids, [0.0] * len(ids), self.version, self.stop_ids, self.tokenizer)
 
     def score(self, trajectory: Trajectory) -> float:
         logprob = float(trajectory.rollout_logprobs.sum(dtype=np.float64))

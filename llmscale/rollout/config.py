@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 
 from omegaconf import MISSING
 
@@ -42,6 +43,22 @@ class HFRolloutConfig(RolloutConfig):
     """Forwards of the Hugging Face model itself."""
 
     name: str = "hf"
+
+
+@option("rollout", "vllm", builds="llmscale.rollout.vllm:VLLMRollout")
+@dataclass
+class VLLMRolloutConfig(RolloutConfig):
+    """vLLM (Kwon et al. 2023, arXiv:2309.06180), on CPUs or GPUs. `unit_size` samples run at a time."""
+
+    name: str = "vllm"
+    gpu_memory_share: float = 0.9  # of a GPU, for weights, keys and values; on a CPU: as much as unit_size samples need
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if find_spec("vllm") is None:
+            yield "name", "vLLM is not installed", "For CPUs: make vllm. For GPUs: pip install -e '.[vllm]'."
+        if not 0 < self.gpu_memory_share <= 1:
+            yield "gpu_memory_share", f"must be above 0 and at most 1, is {self.gpu_memory_share}", "0.9 is common."
 
 
 class Role(Enum):

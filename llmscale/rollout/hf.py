@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from llmscale import distributed
 from llmscale.batch import Trajectory
-from llmscale.errors import DataError, WeightMismatchError
 from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import load_buckets
 from llmscale.protocols import SamplingRequest, WeightBucket
 from llmscale.rollout.cache import attend_by_products
+from llmscale.rollout.completion import as_trajectory, check_newer, check_room
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.decoding import RunningBatch, closed_up
 from llmscale.rollout.sampling import sample
@@ -67,12 +67,13 @@ class HFRollout:
                 going, tokens = going[kept], tokens[kept]
                 batch.rearrange(kept)
             logits = batch.append(tokens)
-        finished = zip(requests, completions, logprobs, strict=True)
-        return [self._trajectory(r, np.array(ids), np.array(own, dtype=np.float32)) for r, ids, own in finished]
+        return [
+            as_trajectory(request, ids, own, self.version, self.stop_ids, self.tokenizer)
+            for request, ids, own in zip(requests, completions, logprobs, strict=True)
+        ]
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
-        if version <= self.version:
-            raise WeightMismatchError(f"weights {version} offered where {self.version} are held already")
+        check_newer(version, self.version)
         load_buckets(self.model, list(buckets), source=f"weights {version}")
         self.version = version
 
@@ -81,15 +82,9 @@ class HFRollout:
 
         Raises: DataError when prompt and completion may exceed the model's context.
         """
+        check_room(requests, self.config.max_new_tokens, context_length(self.model))
         prompts = [r.prompt.token_ids for r in requests]
         width = max(len(p) for p in prompts)
-        if width + self.config.max_new_tokens > context_length(self.model):
-            raise DataError(
-                f"a prompt of {width} tokens and {self.config.max_new_tokens} new ones exceed the model's context of "
-                f"{context_length(self.model)}",
-                where="rollout.max_new_tokens",
-                fix="Lower it, or shorten the prompt.",
-            )
         input_ids = np.full((len(prompts), width), self.tokenizer.pad_token_id)
         attention_mask = np.zeros((len(prompts), width), dtype=np.int64)
         for i, prompt in enumerate(prompts):
@@ -97,22 +92,3 @@ class HFRollout:
             attention_mask[i, width - len(prompt) :] = 1
         arrays = {"input_ids": input_ids, "attention_mask": attention_mask}
         return {name: torch.from_numpy(array).to(distributed.device()) for name, array in arrays.items()}
-
-    def _trajectory(self, request: SamplingRequest, completion: np.ndarray, logprobs: np.ndarray) -> Trajectory:
-        ends = np.flatnonzero(np.isin(completion, self.stop_ids))
-        length = int(ends[0]) + 1 if len(ends) else len(completion)
-        prompt = request.prompt.token_ids
-        produced = np.arange(len(prompt) + length) >= len(prompt)
-        rollout_logprobs = np.zeros(len(produced), dtype=np.float32)
-        rollout_logprobs[produced] = logprobs[:length]
-        return Trajectory(
-            draw_id=request.draw_id,
-            sample_index=request.sample_index,
-            token_ids=np.concatenate([prompt, completion[:length]]).astype(np.int64),
-            loss_mask=produced,
-            rollout_logprobs=rollout_logprobs,
-            weight_versions=np.where(produced, self.version, -1).astype(np.int32),
-            finished=len(ends) > 0,
-            prompt=request.prompt,
-            completion=str(self.tokenizer.decode(completion[:length], skip_special_tokens=True)),
-        )

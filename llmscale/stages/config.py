@@ -19,7 +19,7 @@ from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
 from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
-from llmscale.rollout.config import EnvironmentConfig, RolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, RolloutConfig, VLLMRolloutConfig
 from llmscale.tracking.config import TrackingConfig
 from llmscale.training.config import TrainingConfig
 
@@ -373,6 +373,8 @@ class UseConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, seed=0)
+        if isinstance(self.rollout, VLLMRolloutConfig):
+            yield "rollout", f"{self.stage} samples in its own process, which vLLM would take over", "Leave it at hf."
 
 
 @option(STAGE, "generate", builds="llmscale.stages.use:generate")
@@ -397,6 +399,9 @@ def sampling_problems(config: RlhfConfig | CollectConfig) -> Iterator[Problem]:
     if config.rollout.max_new_tokens >= config.data.max_seq_len:
         what = f"{config.rollout.max_new_tokens} leaves no room for a prompt in {config.data.max_seq_len} tokens"
         yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
+    if isinstance(config.rollout, VLLMRolloutConfig) and config.cluster.one_process:
+        what = "vLLM takes over the process that it runs in: its threads, seeds and memory"
+        yield "rollout", what, "Add cluster=ray, or cluster=laptop for two cores: each worker is a process then."
     if not isinstance(config, RlhfConfig) or config.environment is None:
         for where, part in rewards_of(config):
             if isinstance(part, EnvironmentRewardConfig):

@@ -37,7 +37,7 @@ from llmscale.rewards.weighted import build_reward
 from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rollout.beam import BeamSearch
-from llmscale.rollout.config import EnvironmentConfig, HFRolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, HFRolloutConfig, VLLMRolloutConfig
 from llmscale.rollout.turns import Render, Turns
 from llmscale.stages.config import BeamConfig, CollectConfig, Publish, RlhfConfig, StageConfig
 from llmscale.stages.leaving import write_model
@@ -180,7 +180,8 @@ class RolloutRole:
         config: RlhfConfig | CollectConfig = load(Path(config_file))
         path = str(config.model.path)
         takes_adapter = isinstance(config, RlhfConfig) and config.publish is Publish.adapter
-        model = load_policy(config) if takes_adapter else load_language_model(path)
+        by_vllm = isinstance(config.rollout, VLLMRolloutConfig)  # which reads the weights itself
+        model = load_policy(config, empty=by_vllm) if takes_adapter else load_language_model(path, empty=by_vllm)
         tokenizer = load_tokenizer(path)
         cast_parameters(model, torch_dtype(config))
         renderer = ChatRenderer(tokenizer)
@@ -193,6 +194,8 @@ class RolloutRole:
                 num_beams=config.num_beams,
                 length_penalty=config.method.length_penalty,
             )
+        elif by_vllm:
+            self.engine = build(config.rollout, *around, max_seq_len=config.data.max_seq_len)
         else:
             self.engine = build(config.rollout, *around)
         if isinstance(config, RlhfConfig) and config.environment is not None:

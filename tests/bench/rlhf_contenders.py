@@ -110,12 +110,12 @@ def _trl_ppo(gate: Gate, folder: Path, **settings: Any) -> None:
     Counting(arguments, tokenizer, **given, train_dataset=prompts, eval_dataset=prompts.select(range(8))).train()
 
 
-def generate(gate: Gate, folder: Path) -> None:
+def generate(gate: Gate, folder: Path, name: str = "lm") -> None:
     """transformers' own, in one batch that is padded on the left, ragged by tokens that end a row."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "lm", dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "lm", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / name, padding_side="left")
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": MAX_RAGGED, "eos_token_id": list(range(*STOPS))}
     gate.open()
     for rows in prompts_of(folder, tokenizer):
@@ -126,19 +126,24 @@ def generate(gate: Gate, folder: Path) -> None:
         gate.step(0.0)
 
 
-def ours_generate(gate: Gate, folder: Path) -> None:
-    """The rollout engine by itself."""
+def ours_generate(gate: Gate, folder: Path, rollout: str, name: str = "lm") -> None:
+    """A rollout engine by itself."""
     import numpy as np
 
     from llmscale.batch import Prompt
+    from llmscale.config import build
     from llmscale.models.loading import cast_parameters, load_language_model, load_tokenizer
     from llmscale.protocols import SamplingRequest
-    from llmscale.rollout.config import HFRolloutConfig
-    from llmscale.rollout.hf import HFRollout
+    from llmscale.rollout.config import HFRolloutConfig, VLLMRolloutConfig
 
-    model, tokenizer = load_language_model(str(folder / "lm")), load_tokenizer(str(folder / "lm"))
+    config, more = HFRolloutConfig(max_new_tokens=MAX_RAGGED), {}
+    if rollout == "vllm":
+        config = VLLMRolloutConfig(max_new_tokens=MAX_RAGGED, unit_size=64)
+        more["max_seq_len"] = 192 + MAX_RAGGED  # `samples.settings` leaves 64 of 256 to a completion
+    path = str(folder / name)
+    model, tokenizer = load_language_model(path, empty=rollout == "vllm"), load_tokenizer(path)
     cast_parameters(model, torch.bfloat16)
-    engine = HFRollout(HFRolloutConfig(max_new_tokens=MAX_RAGGED), model, tokenizer, 0, range(*STOPS))
+    engine = build(config, model, tokenizer, 0, range(*STOPS), **more)
     gate.open()
     for step, rows in enumerate(prompts_of(folder, tokenizer)):
         prompts = [Prompt(np.array(ids), "") for ids in rows]

@@ -40,6 +40,13 @@ BIGGER_MODEL = [  # 31M
     "model.num_layers=9",
     "model.num_heads=8",
 ]
+BIGGEST_MODEL = [  # 102M
+    *NEW_MODEL,
+    "model.hidden_size=768",
+    "model.intermediate_size=2048",
+    "model.num_layers=14",
+    "model.num_heads=12",
+]
 SAMPLED = [  # what an RLHF step samples, of prompts that leave room for it
     "training.prompts_per_step=8",
     "rollout.group_size=8",
@@ -72,7 +79,7 @@ def settings(stage: str, folder: Path, data: Path, ranks: int = 1) -> list[str]:
 
 
 def prepare(folder: Path, data: Path, num_steps: int) -> None:
-    """Writes `lm`, `lm30` and `rm`, two language models and a reward model; `pretrain.pt`, `sft.pt` and `reward.pt`, the
+    """Writes `lm`, `lm30` and `lm100`, language models, and `rm`, a reward model; `pretrain.pt`, `sft.pt` and `reward.pt`, the
     samples of `num_steps` steps; `sft_rows.pt`, those of sft in rows of 1024 tokens; and `prompts.json`, conversations."""
     for stage, model in (
         ("pretrain", NEW_MODEL),
@@ -90,9 +97,10 @@ def prepare(folder: Path, data: Path, num_steps: int) -> None:
             rows = best_fit([len(sample["input_ids"]) for sample in samples], MAX_TOKENS["sft"])
             packed = [[samples[i] for i in row] for row in rows]
             torch.save([{k: torch.cat([s[k] for s in row]) for k in row[0]} for row in packed], folder / "sft_rows.pt")
-    bigger = compose("pretrain", [*settings("pretrain", folder, data), *BIGGER_MODEL, "run.name=bigger"])
-    run = SupervisedRun(bigger, bigger.run_dir)
-    run.engine.export(folder / "lm30", run.tokenizer)
+    for name, model in (("lm30", BIGGER_MODEL), ("lm100", BIGGEST_MODEL)):
+        config = compose("pretrain", [*settings("pretrain", folder, data), *model, f"run.name={name}"])
+        run = SupervisedRun(config, config.run_dir)
+        run.engine.export(folder / name, run.tokenizer)
     prompts = drawn_prompts(folder, data, num_steps)
     (folder / "prompts.json").write_text(json.dumps([prompt.messages for prompt in prompts]))
 

@@ -97,7 +97,16 @@ GROUPS = {
         *ROUGH,
         (
             Contender(GENERATE, ("generate",)),
-            Contender("ours, rollout=hf", ("ours_generate",), {GENERATE: 1.3}),
+            Contender("ours, rollout=hf", ("ours_generate", "hf"), {GENERATE: 1.3}),
+        ),
+    ),
+    "generate100": Group(
+        "The same with a model of 102M",
+        *LONG,
+        (
+            Contender(GENERATE, ("generate", "lm100")),
+            Contender("ours, rollout=hf", ("ours_generate", "hf", "lm100"), {GENERATE: 1.3}),
+            Contender("ours, rollout=vllm", ("ours_generate", "vllm", "lm100"), {GENERATE: 2.0}),
         ),
     ),
     "grpo": Group(

@@ -12,7 +12,7 @@ from tests.bench.samples import drawn_prompts, prepare
 from tests.bench.speed import BARE, GROUPS, SINGLE, table, verdicts
 from tests.bench.turns import Contender, Turn, measure
 
-SAMPLED = ("generate", "grpo", "grpo30", "ppo")
+SAMPLED = ("generate", "generate100", "grpo", "grpo30", "ppo")
 
 
 def turn(seconds: float, tokens: int = 100, peak_bytes: int = 100 << 20) -> Turn:

@@ -1,10 +1,11 @@
-"""What every rollout engine does. An engine joins by a function in ENGINES that builds it round a model."""
+"""What every rollout engine does. An engine joins by a fixture that builds it round a model, named in ENGINES."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,29 +13,58 @@ import pytest
 import torch
 
 from llmscale.batch import Trajectory, token_tensors
-from llmscale.errors import DataError, WeightMismatchError
+from llmscale.errors import DataError, ModelError, WeightMismatchError
 from llmscale.functional import token_logprobs
+from llmscale.models.adapters import adapted
+from llmscale.models.config import LoraConfig
 from llmscale.models.loading import LanguageModel
 from llmscale.protocols import RolloutEngine, SamplingRequest
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.hf import HFRollout
-from tests.tiny import language_model, prompt, published, tokenizer
+from tests import tiny
+from tests.rollout.apart import Apart
+from tests.tiny import prompt, published, tokenizer
 
-NEVER = 250  # a token id that the tiny models do not have
 STOP = 5
 PROMPTS = [[7], [7, 8, 9], [20, 21, 22, 23, 24, 25, 26], [3, 1, 4, 1, 5], [60, 61]]
 
 
-def hf(model: LanguageModel, *, seed: int = 0, stop_ids: Sequence[int] = (NEVER,), **settings: Any) -> RolloutEngine:
-    return HFRollout(HFRolloutConfig(**settings), copy.deepcopy(model), tokenizer(), seed, stop_ids)
+language_model = partial(tiny.language_model, head_dim=32)  # vLLM has no attention for smaller ones on CPUs
 
 
-ENGINES: dict[str, Callable[..., RolloutEngine]] = {"hf": hf}
+@pytest.fixture
+def hf() -> Callable[..., RolloutEngine]:
+    def make(
+        model: LanguageModel,
+        *,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+        adapter: LoraConfig | None = None,
+        **settings: Any,
+    ) -> HFRollout:
+        own = adapted(copy.deepcopy(model), adapter, seed=0)
+        return HFRollout(HFRolloutConfig(**settings), own, tokenizer(), seed, stop_ids)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def apart(vllm_installed: None) -> Iterator[Apart]:
+    with Apart() as apart:
+        yield apart
+
+
+@pytest.fixture
+def vllm(apart: Apart) -> Callable[..., RolloutEngine]:
+    return apart.engine
+
+
+ENGINES = ["hf", "vllm"]
 
 
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest) -> Callable[..., RolloutEngine]:
-    return ENGINES[request.param]
+    return request.getfixturevalue(request.param)
 
 
 def requests(prompts: Sequence[Sequence[int]] = PROMPTS, group_size: int = 2) -> list[SamplingRequest]:
@@ -79,12 +109,16 @@ def test_logprobs_equal_the_trainers(make, temperature: float):
     """The trainer sees rows padded on the right; what the engine does inside is its own affair."""
     model = language_model()
     made = make(model, max_new_tokens=20, temperature=temperature).generate(requests())
+    assert difference(model, made, temperature) < 1e-4
+
+
+def difference(model: LanguageModel, made: Sequence[Trajectory], temperature: float = 1.0) -> float:
+    """The largest, between the log-probabilities of trainer and engine."""
     batch = token_tensors([t.token_ids for t in made])
     with torch.no_grad():
         trainer = token_logprobs(model(batch["input_ids"], batch["position_ids"]), batch["input_ids"], temperature)
-    for row, t in zip(trainer.numpy(), made, strict=True):
-        own = row[: len(t.token_ids)][t.loss_mask]
-        assert np.abs(own - t.rollout_logprobs[t.loss_mask]).max() < 1e-4
+    rows = zip(trainer.numpy(), made, strict=True)
+    return max(np.abs(row[: len(t.token_ids)] - t.rollout_logprobs)[t.loss_mask].max() for row, t in rows)
 
 
 def test_the_same_requests_give_the_same_bits(make):
@@ -186,10 +220,12 @@ def test_the_models_saved_generation_settings_are_not_used(make):
     assert tokens(make(model, max_new_tokens=12).generate(requests())) == tokens(plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype):
-    """Tied weights, and a first call before the update: a cached copy of the old ones would show."""
-    old, new = language_model(seed=0).to(dtype), language_model(seed=1).to(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "tie"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)], ids=str
+)
+def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype, tie: bool):
+    """A first call before the update: a cached copy of the old ones would show."""
+    old, new = language_model(seed=0, tie=tie).to(dtype), language_model(seed=1, tie=tie).to(dtype)
     engine, fresh = make(old, max_new_tokens=12), make(new, max_new_tokens=12)
     before = engine.generate(requests())
     engine.load_weights(3, published(new, dtype))
@@ -197,6 +233,41 @@ def test_new_weights_sample_what_a_fresh_engine_samples(make, dtype: torch.dtype
     assert tokens(before) != tokens(after) == tokens(expected)
     for a, b in zip(after, expected, strict=True):
         np.testing.assert_array_equal(a.rollout_logprobs, b.rollout_logprobs)
+
+
+def test_new_weights_read_a_known_prompt_again(make):
+    """Keys and values that the old ones made of it are of no use: here they are of all of it but a token."""
+    old, new = language_model(seed=0), language_model(seed=1)
+    asked = requests([[7, 8, 9] * 11], group_size=4)
+    engine, fresh = make(old, max_new_tokens=8), make(new, max_new_tokens=8)
+    engine.generate(asked)
+    engine.load_weights(1, published(new))
+    after, expected = engine.generate(asked), fresh.generate(asked)
+    assert tokens(after) == tokens(expected)
+    for a, b in zip(after, expected, strict=True):
+        np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5)
+
+
+def test_an_adapter_comes_alone(make):
+    """Twice, and onto a prompt that is known: nothing of the base or of the first one shows."""
+    engine = make(language_model(), max_new_tokens=8, adapter=LoraConfig(rank=4, alpha=8))
+    asked = requests([*PROMPTS, [7, 8, 9] * 11])
+    before = engine.generate(asked)
+    assert difference(language_model(), before) < 1e-4
+    for version in (1, 2):
+        policy = tiny.adapted_model(seed=version, base=language_model())
+        engine.load_weights(version, published(policy))
+        made = engine.generate(asked)
+        assert difference(policy, made) < 1e-4 and tokens(made) != tokens(before)
+
+
+def test_weights_of_another_model_are_refused(make):
+    engine = make(language_model(), max_new_tokens=4)
+    with pytest.raises(WeightMismatchError, match=r"published hf.model.embed_tokens.weight is \(48, 32\)"):
+        engine.load_weights(1, published(language_model(vocab_size=48)))
+    with pytest.raises(WeightMismatchError, match=r"differ by name: hf\.lm_head\.weight"):
+        engine.load_weights(1, published(language_model(tie=False)))
+    assert engine.generate(requests())[0].weight_versions[-1] == 0
 
 
 def test_every_token_carries_the_version_that_produced_it(make):
@@ -223,3 +294,8 @@ def test_a_damaged_bucket_is_refused(make):
     with pytest.raises(WeightMismatchError, match="not those published") as caught:
         engine.load_weights(1, buckets)
     assert "weights 1" in str(caught.value.where)
+
+
+def test_vllm_says_which_heads_it_lacks(vllm):
+    with pytest.raises(ModelError, match="no attention for heads of 8, only 32, 64"):
+        vllm(language_model(head_dim=8)).generate(requests())

@@ -22,6 +22,7 @@ TINY = {
         "model.hidden_size=32",
         "model.intermediate_size=64",
         "model.num_layers=1",
+        "model.num_heads=4",
         "training.num_steps=6",
         "data.max_records=500",
     ],

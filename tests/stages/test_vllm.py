@@ -1,0 +1,37 @@
+"""rollout=vllm as a run: a worker of its own on Ray, whose samples are the policy's at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.stages.runs import arguments, records, succeed
+
+pytestmark = pytest.mark.slow
+RULE = ["algorithm=grpo", "reward=function", "true_reward=null", "rollout.group_size=4", "training.prompts_per_step=8"]
+ON_RAY = [f"cluster.{role}.num_cpus=0.3" for role in ("policy", "reward", "rollout")]
+
+
+@pytest.fixture(scope="module")
+def policy(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("policy")
+    for stage, own in (("pretrain", ["model.num_heads=1"]), ("sft", [])):
+        succeed(arguments(stage, run_dir, *own), run_dir / f"{stage}.log")
+    return run_dir / "demo" / "sft"
+
+
+def test_an_adapted_policy_learns_from_its_samples(policy: Path, tmp_path: Path) -> None:
+    """Every step's samples are the merged weights' of that step: the trainer, which adds base and adapter, agrees."""
+    lora = ["model.adapter=lora", "model.adapter.rank=4", "optim.lr=0.01", "optim.warmup_steps=0"]
+    (tmp_path / "rule.py").write_text("def variety(prompt, completion, fields): return len(set(completion)) / 10")
+    rule = [*RULE, f"reward.path={tmp_path}/rule.py:variety"]
+    argv = arguments("rlhf", tmp_path, f"model.path={policy}", *rule, *lora, *ON_RAY, "rollout=vllm", "cluster=ray")
+    argv = [a for a in argv if a != "cluster=local"] + ["training.num_steps=3"]
+    succeed(argv, tmp_path / "log")
+    run_dir = tmp_path / "demo" / "rlhf"
+    steps = [m for m in records(run_dir / "metrics.jsonl") if "rollout/logprob_diff" in m]
+    assert len(steps) == 3 and all(0 < m["rollout/logprob_diff"] < 1e-4 for m in steps)
+    assert steps[-1]["kl/ref"] > 1e-4  # the weights have moved
+    versions = [s["weight_versions"][-1] for s in records(run_dir / "samples.jsonl")]
+    assert sorted(set(versions)) == [0, 1, 2]
