@@ -30,6 +30,7 @@ NEEDED = {
     "reward": ["data.train=x", "model.path=m"],
     "rlhf": ["data.train=x", "model.path=m"],
     "collect": ["data.train=x", "model.path=m"],
+    "rollout": ["data.train=x", "model.path=m"],
     "pipeline": [],
     "generate": ["model.path=m"],
     "chat": ["model.path=m"],

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
 from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.checkpoint.run_state import RunState
-from llmscale.cluster.pool import WorkerPool, opened_pools
+from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.config import to_dict
 from llmscale.data.chat import CUT, ChatRenderer, Message
@@ -26,16 +25,10 @@ from llmscale.models.loading import load_language_model, load_tokenizer, num_par
 from llmscale.protocols import State, Tracker
 from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
-from llmscale.stages.config import CollectConfig, RlhfConfig, check_context, rewards_of
+from llmscale.rollout.recording import to_record
+from llmscale.stages.config import RlhfConfig, RolloutStageConfig, SamplingConfig, check_context, rewards_of
 from llmscale.stages.rlhf import Metrics, Rlhf
-from llmscale.stages.roles import (
-    CriticRole,
-    PolicyRole,
-    ReferenceRole,
-    RewardRole,
-    RolloutRole,
-    observation_renderer,
-)
+from llmscale.stages.roles import CriticRole, PolicyRole, observation_renderer, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers
 from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
 from llmscale.training.stop import signals
@@ -44,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
-ROLES = TRAINED | {"reference": ReferenceRole, "reward": RewardRole, "rollout": RolloutRole}
 
 
 def run(config: RlhfConfig) -> dict[str, Any]:
@@ -149,10 +141,8 @@ class RlhfRun:
 
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
-        config_file = str((self.directory.path / "config.yaml").resolve())
-        builds = {name: partial(ROLES[name], config_file) for name in self.config.roles}
         started = time.perf_counter()
-        with opened_pools(self.config.cluster, builds, self.directory.attempt_dir) as pools:
+        with opened_roles(self.config, self.directory, self.config.roles) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
             yield pools
@@ -189,7 +179,7 @@ class Progress:
         )
 
 
-def room_for_completions(config: RlhfConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+def room_for_completions(config: RlhfConfig | RolloutStageConfig, tokenizer: PreTrainedTokenizerFast) -> int:
     """Tokens of the longest completion: every turn at its limit, and the longest observation between each two.
 
     Raises: ModelError or DataError for a chat template that cannot put an observation between two turns.
@@ -207,7 +197,7 @@ def room_for_completions(config: RlhfConfig, tokenizer: PreTrainedTokenizerFast)
     return config.max_completion_tokens + (environment.max_turns - 1) * between
 
 
-def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
+def check_columns(config: SamplingConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
     for where, reward in rewards_of(config):
         for column in reward.needs_columns():
@@ -248,19 +238,4 @@ def sample_record(
     trajectory: Trajectory, reward: float, true_reward: float | None, parts: Mapping[str, float], why: str
 ) -> dict[str, Any]:
     """A line of samples.jsonl, complete enough to train from."""
-    return {
-        "draw_id": trajectory.draw_id,
-        "sample_index": trajectory.sample_index,
-        "prompt": trajectory.prompt.text,
-        "completion": trajectory.completion,
-        **({"messages": list(trajectory.messages)} if trajectory.messages else {}),
-        "reward": reward,
-        "reward_parts": dict(parts),
-        "reward_why": why,
-        "true_reward": true_reward,
-        "finished": trajectory.finished,
-        "token_ids": trajectory.token_ids.tolist(),
-        "loss_mask": trajectory.loss_mask.astype(int).tolist(),
-        "rollout_logprobs": [round(float(x), 6) for x in trajectory.rollout_logprobs],
-        "weight_versions": trajectory.weight_versions.tolist(),
-    }
+    return to_record(trajectory, reward=reward, reward_parts=dict(parts), reward_why=why, true_reward=true_reward)
