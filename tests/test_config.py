@@ -104,6 +104,7 @@ def test_every_choice_composes(stage: str, override: str):
     more = [*(REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else [])]
     group, _, name = override.partition("=")
     more += [*ENVIRONMENT_NEEDS[name], "data.max_seq_len=512"] if group == "environment" else []
+    more += ["rollout.path=r"] if override == "rollout=replay" else []
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
     assert compose(stage, [*needed, override, *more]).stage == stage
 

@@ -44,6 +44,15 @@ class HFRolloutConfig(RolloutConfig):
     name: str = "hf"
 
 
+@option("rollout", "replay", builds="llmscale.rollout.replay:Replay")
+@dataclass
+class ReplayConfig(RolloutConfig):
+    """No engine: rlhf trains from what another run sampled. `temperature` and `max_new_tokens` have to be that run's."""
+
+    name: str = "replay"
+    path: str = MISSING  # directory of a run: of rlhf with record=true, or of rollout with record_logprobs=true
+
+
 class Role(Enum):
     """Who speaks in the chat template, when an environment does."""
 

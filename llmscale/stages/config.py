@@ -19,7 +19,7 @@ from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
 from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
-from llmscale.rollout.config import EnvironmentConfig, RolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, ReplayConfig, RolloutConfig
 from llmscale.tracking.config import TrackingConfig
 from llmscale.training.config import TrainingConfig
 
@@ -171,6 +171,12 @@ class RlhfConfig(TrainedConfig):
     environment: EnvironmentConfig | None = None  # what answers the policy between its turns; None: it has one turn
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
+    record: bool = False  # all that is sampled, in completions.jsonl: rollout=replay trains from it without an engine
+
+    @property
+    def replays(self) -> bool:
+        """Whether samples come from another run."""
+        return isinstance(self.rollout, ReplayConfig)
 
     @property
     def max_logprob_diff(self) -> float:
@@ -184,7 +190,8 @@ class RlhfConfig(TrainedConfig):
         """The pools that this run needs."""
         critic = ["critic"] if self.algorithm.needs_critic else []
         reference = ["reference"] if self.algorithm.needs_reference and not self.reference_is_base else []
-        return ["policy", *critic, *reference, "reward", "rollout"]
+        rollout = ["rollout"] if not self.replays else []
+        return ["policy", *critic, *reference, "reward", *rollout]
 
     @property
     def reference_is_base(self) -> bool:
@@ -225,6 +232,8 @@ class RlhfConfig(TrainedConfig):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
         yield from sampling_problems(self)
+        if self.record and self.replays:
+            yield "record", "there is nothing new to record in what is replayed", "Leave it out."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.rollout.truncates:
@@ -404,6 +413,8 @@ class UseConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, seed=0)
+        if isinstance(self.rollout, ReplayConfig):
+            yield "rollout", "only rlhf can do without an engine", "Choose rollout=hf."
 
 
 @option(STAGE, "generate", builds="llmscale.stages.use:generate")
@@ -435,6 +446,8 @@ def sampling_problems(config: RlhfConfig | AnsweringConfig) -> Iterator[Problem]
     if config.rollout.max_new_tokens >= config.data.max_seq_len:
         what = f"{config.rollout.max_new_tokens} leaves no room for a prompt in {config.data.max_seq_len} tokens"
         yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
+    if isinstance(config.rollout, ReplayConfig) and not isinstance(config, RlhfConfig):
+        yield "rollout", "only rlhf can do without an engine", "Choose rollout=hf."
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
     if environment is None:
         for where, part in rewards_of(config):

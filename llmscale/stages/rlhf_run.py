@@ -25,12 +25,14 @@ from llmscale.models.loading import load_language_model, load_tokenizer, num_par
 from llmscale.protocols import State, Tracker
 from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
-from llmscale.rollout.recording import to_record
+from llmscale.rollout.recording import COMPLETIONS, to_record
+from llmscale.rollout.replay import Replay
 from llmscale.stages.config import RlhfConfig, RolloutStageConfig, SamplingConfig, check_context, rewards_of
+from llmscale.stages.replayed import open_replay
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.roles import CriticRole, PolicyRole, observation_renderer, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers
-from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
+from llmscale.tracking.jsonl import METRICS, RecordFile, last_metrics, read_jsonl
 from llmscale.training.stop import signals
 
 if TYPE_CHECKING:
@@ -54,6 +56,10 @@ class RlhfRun:
         tokenizer = load_tokenizer(path)
         self.prompts = load_prompts(config.data, tokenizer, room_for_completions(config, tokenizer))
         check_columns(config, [*self.prompts.train, *self.prompts.validation])
+        self.replay: Replay | None = None
+        if config.replays:
+            self.replay, self.terms = open_replay(config, self.prompts)
+        self.recording: RecordFile | None = None
         self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
         self.trained = {name: role for name, role in TRAINED.items() if name in config.roles}
         self.first_eval: Metrics = {}
@@ -68,6 +74,11 @@ class RlhfRun:
             for broken in skipped:
                 tracker.event("checkpoint_skipped", **broken)
             tracker.event("plan", **self.plan)
+            if self.replay is not None:
+                tracker.event("replay", **self.terms)
+            if self.config.record:
+                last = checkpoint.step if checkpoint else 0
+                self.recording = RecordFile(self.directory.path / COMPLETIONS, lambda record: record["step"] <= last)
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
             verdict = self.look_for_overoptimisation()
@@ -85,7 +96,7 @@ class RlhfRun:
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
         versions = VersionCounter(self.directory.path / "weight_version")
-        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event)
+        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event, self.record, self.replay)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         state.register("kl_coef", rlhf.kl_coef)
@@ -109,6 +120,8 @@ class RlhfRun:
                     self.save(rlhf, state)
                 if stop:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
+        if self.recording is not None:
+            self.recording.close()
         pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
 
     def look_for_overoptimisation(self) -> str | None:
@@ -120,6 +133,10 @@ class RlhfRun:
         atomic_write_text(self.directory.path / "overoptimisation.md", found.table())
         return found.verdict
 
+    def record(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        if self.recording is not None:
+            self.recording.append(to_record(t, step=step) for t in trajectories)
+
     def save(self, rlhf: Rlhf, state: RunState) -> None:
         def write(directory: Path) -> None:
             for name, role in self.trained.items():
@@ -128,6 +145,8 @@ class RlhfRun:
             state.save(directory)
 
         started = time.perf_counter()
+        if self.recording is not None:
+            self.recording.sync()  # who resumes from this checkpoint counts on every step before it
         path = self.store.save(rlhf.step, write)
         seconds = round(time.perf_counter() - started, 3)
         self.tracker.event("checkpoint", step=rlhf.step, path=str(path), seconds=seconds)

@@ -130,10 +130,11 @@ class BatchInference:
 
         Raises: RunError when what was sampled are not these prompts, or not by this model.
         """
-        path, num = self.directory.path, 0
+        path, num_samples = self.directory.path, 0
         if not all((path / name).exists() for name in (METRICS, COMPLETIONS)):
             return 0
-        for num, sample in enumerate(iter_jsonl(path / COMPLETIONS), start=1):
+        for sample in iter_jsonl(path / COMPLETIONS):
+            num_samples += 1
             draw = sample["draw_id"]
             changed = ""
             if draw >= len(self.prompts) or self.prompts[draw].text != sample["prompt"]:
@@ -143,7 +144,8 @@ class BatchInference:
             if changed:
                 raise RunError(changed, where=str(path), fix="Give this run another run.name=..., or put the old back.")
         logged = sum(1 for _ in iter_jsonl(path / METRICS))
-        whole = self.num_steps if num == self.num_samples else num // self.config.rollout.unit_size
+        is_all = num_samples == self.num_samples
+        whole = self.num_steps if is_all else num_samples // self.config.rollout.unit_size
         return min(whole, logged)
 
     @property

@@ -115,6 +115,14 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     return (record for _, record in _records(path))
 
 
+def iter_located(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same, each with the byte where its line begins."""
+    offset = 0
+    for line, record in _records(path):
+        yield offset, record
+        offset += len(line)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return list(iter_jsonl(path))
 
