@@ -14,18 +14,20 @@ from llmscale.checkpoint.run_directory import read_result
 from llmscale.config import build, leaves, to_dict
 from llmscale.data.splits import Split
 from llmscale.errors import ConfigError, RunError
+from llmscale.rollout.config import ReplayConfig
 from llmscale.rollout.recording import COMPLETIONS
 from llmscale.rollout.replay import Replay
 from llmscale.stages.config import RlhfConfig
 
 # What decides how a sample comes about, besides the weights and the prompts.
 SAMPLED_BY = ("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.max_new_tokens", "environment")
-# What a policy's weights after a step do not follow from.
+# What the weights after a step do not follow from, given its samples; how many there are is `rollout.group_size`.
 ASIDE = (
     *("run.dir", "run.name", "tracking.", "cluster.", "plugins", "rollout.", "environment", "record", "true_reward"),
     *("data.cache_dir", "data.validation", "engine.micro_batch_size", "engine.rows", "publish", "training.num_steps"),
     *("training.eval_every_steps", "training.save_every_steps", "training.keep_checkpoints"),
 )
+GROUP_SIZE = "rollout.group_size"
 
 
 def open_replay(config: RlhfConfig, prompts: Split[Prompt]) -> tuple[Replay, dict[str, Any]]:
@@ -33,7 +35,8 @@ def open_replay(config: RlhfConfig, prompts: Split[Prompt]) -> tuple[Replay, dic
 
     Raises: ConfigError or RunError when it was not sampled as this run would have, or holds fewer samples than the run takes.
     """
-    path = Path(config.rollout.path)  # type: ignore[attr-defined]
+    assert isinstance(config.rollout, ReplayConfig)
+    path = Path(config.rollout.path)
     recorded = _recorded(path)
     own = to_dict(config)
     _check_sampling(recorded, own, path)
@@ -76,7 +79,7 @@ def _recorded(path: Path) -> dict[str, Any]:
         fix = "Name the directory of a run, such as runs/demo/rlhf."
         raise RunError("there is no run in this directory", where=str(path), fix=fix) from error
     switch = {"rlhf": "record", "rollout": "record_logprobs"}.get(stage)
-    if switch is None or not recorded[switch] or not (path / COMPLETIONS).exists():
+    if switch is None or not recorded.get(switch) or not (path / COMPLETIONS).exists():
         fix = "Record one: llmscale rlhf record=true, or llmscale rollout record_logprobs=true."
         raise RunError("this run recorded nothing to train from", where=str(path), fix=fix)
     return dict(recorded)
@@ -101,7 +104,7 @@ def _another_policy(recorded: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """Why the weights that sampled are not those that are trained; empty where they are."""
     if recorded["stage"] == "rollout":
         return "llmscale rollout sampled them all with one"
-    found = [d for d in _differences(recorded, own) if not d[0].startswith(ASIDE)]
+    found = [d for d in _differences(recorded, own) if d[0] == GROUP_SIZE or not d[0].startswith(ASIDE)]
     return "{} was {} and is {}".format(*found[0]) if found else ""
 
 
@@ -113,9 +116,7 @@ def _check_enough(config: RlhfConfig, replay: Replay, path: Path) -> None:
             if (lacking := replay.lacking(draw, sample)) is None:
                 continue
             if draw == 0 and sample:  # a later draw may be the one in which the recording ends
-                raise ConfigError(
-                    lacking, where="rollout.group_size", fix=f"Set it to {sample}, or record more samples."
-                )
+                raise ConfigError(lacking, where=GROUP_SIZE, fix=f"Set it to {sample}, or record more samples.")
             early = "" if read_result(path) is not None else ", and its run has not ended"
             enough = draw // per_step
             fix = f"Set training.num_steps={enough}, or record more." if enough else "Record more."

@@ -24,7 +24,7 @@ from llmscale.config import to_dict
 from llmscale.data.splits import load_prompts
 from llmscale.errors import Requeue, RunError
 from llmscale.models.loading import load_tokenizer, saved_context_length, weights_digest
-from llmscale.protocols import SamplingRequest, Score
+from llmscale.protocols import SamplingRequest, Score, Tracker
 from llmscale.rl.admission import check_finite, means_of_parts
 from llmscale.rollout.recording import COMPLETIONS, to_record
 from llmscale.stages.config import RolloutStageConfig, check_context
@@ -69,24 +69,22 @@ class BatchInference:
         )
         with finishing(tracker):
             tracker.event("resumed" if done else "plan", step=done, **self.plan())
-            kept = iter(range(done * self.config.rollout.unit_size))
-            with closing(RecordFile(path / COMPLETIONS, lambda _: next(kept, None) is not None)) as file:
-                if done < self.num_steps:
-                    with opened_roles(self.config, self.directory, self.roles) as pools, signals.deferred():
-                        for step, records, metrics in self.steps(done, pools):
-                            file.append(records)
-                            tracker.log(step, metrics)  # last: it says that the step is whole
-                            if signals.received and step < self.num_steps:
-                                raise Requeue(f"stopped and saved at step {step}; the same command resumes")
-        seconds = time.perf_counter() - started
-        metrics = totals(path)
-        return {
-            "stage": "rollout",
-            "run_dir": str(path),
-            "steps": self.num_steps,
-            "seconds": seconds,
-            "metrics": metrics,
-        }
+            self.sample_from(done, tracker)
+        result: dict[str, Any] = {"stage": "rollout", "run_dir": str(path), "steps": self.num_steps}
+        return result | {"seconds": time.perf_counter() - started, "metrics": totals(path)}
+
+    def sample_from(self, done: int, tracker: Tracker) -> None:
+        """Every step after the first `done`, whose lines alone stay in the file."""
+        kept = iter(range(done * self.config.rollout.unit_size))
+        with closing(RecordFile(self.directory.path / COMPLETIONS, lambda _: next(kept, None) is not None)) as file:
+            if done == self.num_steps:
+                return
+            with opened_roles(self.config, self.directory, self.roles) as pools, signals.deferred():
+                for step, records, metrics in self.steps(done, pools):
+                    file.append(records)
+                    tracker.log(step, metrics)  # last: it says that the step is whole
+                    if signals.received and step < self.num_steps:
+                        raise Requeue(f"stopped and saved at step {step}; the same command resumes")
 
     def steps(
         self, done: int, pools: Mapping[str, WorkerPool]
@@ -103,18 +101,15 @@ class BatchInference:
 
     def unit(self, number: int) -> list[SamplingRequest]:
         """A prompt's draw is its place in the data."""
-        config = self.config
-        first = number * config.rollout.unit_size
-        places = [
-            divmod(i, config.num_samples) for i in range(first, min(first + config.rollout.unit_size, self.num_samples))
-        ]
+        size, num_samples = self.config.rollout.unit_size, self.config.num_samples
+        places = (divmod(i, num_samples) for i in range(self.num_samples)[number * size : (number + 1) * size])
         return [SamplingRequest(self.prompts[draw], draw, sample) for draw, sample in places]
 
     def score(self, trajectories: Sequence[Trajectory], pools: Mapping[str, WorkerPool]) -> list[Score | None]:
         """None where no reward is configured."""
         if "reward" not in pools:
             return [None] * len(trajectories)
-        ((pairs),) = pools["reward"].units(RewardRole.score, [trajectories]).wait()
+        (pairs,) = pools["reward"].units(RewardRole.score, [trajectories]).wait()
         scores = [score for score, _ in pairs]
         check_finite(trajectories, scores)
         return scores
@@ -131,7 +126,8 @@ class BatchInference:
         Raises: RunError when what was sampled are not these prompts, or not by this model.
         """
         path, num_samples = self.directory.path, 0
-        if not all((path / name).exists() for name in (METRICS, COMPLETIONS)):
+        logged = sum(1 for _ in iter_jsonl(path / METRICS)) if (path / METRICS).exists() else 0
+        if not logged or not (path / COMPLETIONS).exists():
             return 0
         for sample in iter_jsonl(path / COMPLETIONS):
             num_samples += 1
@@ -143,7 +139,6 @@ class BatchInference:
                 changed = f"the weights of {self.config.model.path} are not those that this run began with"
             if changed:
                 raise RunError(changed, where=str(path), fix="Give this run another run.name=..., or put the old back.")
-        logged = sum(1 for _ in iter_jsonl(path / METRICS))
         is_all = num_samples == self.num_samples
         whole = self.num_steps if is_all else num_samples // self.config.rollout.unit_size
         return min(whole, logged)

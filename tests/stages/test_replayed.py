@@ -156,6 +156,7 @@ def test_completions_of_llmscale_rollout_are_trained_on_by_prompt(
     [
         (["algorithm=rloo"], "algorithm.correction", "algorithm.method was grpo and is rloo"),
         (["optim.lr=2e-3"], "algorithm.correction", "optim.lr was 0.001 and is 0.002"),
+        (["rollout.group_size=3"], "algorithm.correction", "rollout.group_size was 4 and is 3"),
         (["rollout.temperature=0.7"], "rollout.temperature", "is 0.7 here, and was 1.0"),
         (["rollout.max_new_tokens=9"], "rollout.max_new_tokens", "is 9 here, and was 10"),
         (["run.seed=1"], "run.seed", "is 1 here, and was 0"),

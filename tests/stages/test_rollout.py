@@ -95,21 +95,26 @@ def test_a_table_of_prompts_in_several_turns(chain: Path, tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------- resuming
 
-MANY = ["data.max_records=200", "rollout.unit_size=4", "reward=null"]  # 150 steps: time to be interrupted
+MANY = ["data.max_records=120", "rollout.unit_size=4", "reward=null"]  # ninety steps: time to be interrupted
+
+
+@pytest.fixture(scope="module")
+def whole(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    run_in_process(compose("rollout", rollout(run_dir, chain, *MANY)[1:]))
+    return run_dir
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_and_resumed_equals_uninterrupted(chain: Path, tmp_path: Path, how: int) -> None:
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    argv, log = rollout(stopped, chain, *MANY), tmp_path / "log"
-    metrics = found(stopped) / "metrics.jsonl"
-    assert kill_when(lambda: num_lines(metrics) >= 20, argv, log, how) == {signal.SIGKILL: -9, signal.SIGTERM: 75}[how]
-    assert not (found(stopped) / "result.json").exists()
-    succeed(argv, log)
-    resumed = next(e for e in records(found(stopped) / "events.jsonl") if e["kind"] == "resumed")
-    assert 20 <= resumed["step"] < 150
-    run_in_process(compose("rollout", rollout(whole, chain, *MANY)[1:]))
-    same(stopped, whole)
+def test_interrupted_and_resumed_equals_uninterrupted(chain: Path, whole: Path, tmp_path: Path, how: int) -> None:
+    argv, metrics = rollout(tmp_path, chain, *MANY), found(tmp_path) / "metrics.jsonl"
+    code = kill_when(lambda: num_lines(metrics) >= 10, argv, tmp_path / "log", how)
+    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 75}[how]
+    assert not (found(tmp_path) / "result.json").exists()
+    run_in_process(compose("rollout", argv[1:]))
+    resumed = next(e for e in records(found(tmp_path) / "events.jsonl") if e["kind"] == "resumed")
+    assert 10 <= resumed["step"] < 90
+    same(tmp_path, whole)
 
 
 def same(one: Path, other: Path) -> None:
