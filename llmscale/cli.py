@@ -28,6 +28,7 @@ SUMMARY = {
     "sft": "supervised fine-tuning on conversations",
     "reward": "a reward model from rankings",
     "rlhf": "reinforcement learning from a reward",
+    "rollout": "completions of many prompts, by all rollout workers",
     "collect": "rankings and SFT data from a policy and a reward",
     "pipeline": "several of the above, one after the other",
     "generate": "answers from a trained model",

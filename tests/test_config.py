@@ -30,6 +30,7 @@ NEEDED = {
     "reward": ["data.train=x", "model.path=m"],
     "rlhf": ["data.train=x", "model.path=m"],
     "collect": ["data.train=x", "model.path=m"],
+    "rollout": ["data.train=x", "model.path=m"],
     "pipeline": [],
     "generate": ["model.path=m"],
     "chat": ["model.path=m"],
@@ -103,6 +104,7 @@ def test_every_choice_composes(stage: str, override: str, request: pytest.Fixtur
     more = [*(REWARD_NEEDS.get(of_reward, []) if stage == "rlhf" else [])]
     group, _, name = override.partition("=")
     more += [*ENVIRONMENT_NEEDS[name], "data.max_seq_len=512"] if group == "environment" else []
+    more += ["rollout.path=r"] if override == "rollout=replay" else []
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
     if override == "rollout=vllm":
         request.getfixturevalue("vllm_installed")

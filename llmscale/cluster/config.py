@@ -35,7 +35,7 @@ class PoolConfig:
 
 @dataclass
 class ClusterConfig:
-    """Supervised stages use the pool `trainer`; RLHF uses the other five, and collect two of them: reward and rollout."""
+    """Supervised stages use the pool `trainer`; RLHF uses the other five; collect and rollout use reward and rollout."""
 
     backend: Backend = Backend.local
     address: str | None = None  # of a running Ray cluster; None: one is started on this machine

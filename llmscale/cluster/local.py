@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,3 +29,6 @@ class LocalPool:
 
     def units(self, method: Callable[..., Any], units: Sequence[Any]) -> Done:
         return Done([method(self.worker, unit) for unit in units])
+
+    def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
+        return (method(self.worker, unit) for unit in units)

@@ -6,7 +6,7 @@ checkers follow the call. Every call returns at once with a `Pending`; results c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,11 @@ class WorkerPool(Protocol):
     def units(self, method: Callable[..., Any], units: Sequence[Any]) -> Pending:
         """`method(unit)` for each unit on whichever worker is free; one result a unit. What a unit holds must not depend
         on the number of workers: then neither do its results."""
+        ...
+
+    def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
+        """The same for more units than memory holds: results one by one, in the order of the units, which are taken as
+        workers become free. A unit that takes long holds up results, and in the end work, but never their number."""
         ...
 
 

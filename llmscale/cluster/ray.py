@@ -11,10 +11,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ HOW_TO_JOIN = (
 )
 DIED = "this worker died"
 DEATH_IS_KNOWN_S = 5.0
+QUEUED = 2  # units of a stream that a worker has, so that it never waits for the driver
+AHEAD = 8  # times the workers: units of a stream that are begun and not yet taken, so that a slow one stops nobody soon
 reapers: list[Reaper] = []  # of the Ray that this process has started
 
 
@@ -199,6 +202,27 @@ class RayPool:
 
     def units(self, method: Callable[..., Any], units: Sequence[Any]) -> RayUnits:
         return RayUnits(self, method.__name__, units)
+
+    def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
+        """Results wait in Ray's object store, not here, until their turn."""
+        waiting = enumerate(units)
+        free = deque(list(range(self.num_workers)) * QUEUED)
+        running: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> index of the unit, rank
+        done: dict[int, tuple[ray.ObjectRef, int]] = {}
+        for turn in count():
+            while turn not in done:
+                room = min(len(free), AHEAD * self.num_workers - len(running) - len(done))
+                for index, unit in islice(waiting, room):
+                    rank = free.popleft()
+                    running[self.actors[rank].call.remote(method.__name__, (unit,))] = (index, rank)
+                if not running:
+                    return
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                index, rank = running.pop(ready)
+                done[index] = (ready, rank)
+                free.append(rank)
+            ref, rank = done.pop(turn)
+            yield self.get([ref], [rank])[0]
 
     def get(self, refs: list[ray.ObjectRef], ranks: list[int], timeout_s: float | None = None) -> list[Any]:
         """Results in order; the first failure of any of them at once, since its peers may wait for it for ever."""

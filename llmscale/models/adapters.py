@@ -8,7 +8,6 @@ PEFT holds an adapted layer `X` as `X.base_layer.weight` [out, in], `X.lora_A.de
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from llmscale.config import build
 from llmscale.errors import CheckpointError, ModelError
 from llmscale.models.config import AdapterConfig, LoraConfig
-from llmscale.models.loading import Model, hub_commit, resolve
+from llmscale.models.loading import Model, weights_digest
 from llmscale.protocols import State
 
 M = TypeVar("M", bound=Model)
@@ -133,7 +132,7 @@ class FrozenBase:
     """The base in a checkpoint that holds an adapter alone: not its weights, but which they are."""
 
     def __init__(self, path: str):
-        self.path, self._digest = path, _digest(path)
+        self.path, self._digest = path, weights_digest(path)
 
     def state_dict(self) -> State:
         return {"digest": self._digest}
@@ -146,15 +145,3 @@ class FrozenBase:
                 where=self.path,
                 fix="Put the old one back in its place, or start a new run under another run.name.",
             )
-
-
-def _digest(path: str) -> str:
-    """Of the files with a folder's weights; of a model of the hub its commit."""
-    folder = Path(resolve(path))
-    if not folder.is_dir():
-        return hub_commit(path)
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "blake2b").digest())
-    return digest.hexdigest()

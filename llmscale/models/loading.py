@@ -6,6 +6,7 @@ A model here is an `nn.Module` called with `input_ids` and `position_ids` [B, T]
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,18 @@ def context_length(model: Model) -> int:
 def saved_context_length(path: str) -> int:
     """The same, read from the config alone."""
     return _context_length(_read_config(path))
+
+
+def weights_digest(path: str) -> str:
+    """Of the files with a folder's weights; of a model of the hub its commit."""
+    folder = Path(resolve(path))
+    if not folder.is_dir():
+        return hub_commit(path)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def hub_commit(path: str) -> str:

@@ -52,6 +52,11 @@ class AlgorithmConfig:
         return True
 
     @property
+    def corrects(self) -> bool:
+        """Whether samples that another distribution than the trainer's drew are weighed."""
+        return False
+
+    @property
     def needs_groups(self) -> bool:
         """Whether a sample is compared with others of its prompt."""
         return self.filter_groups
@@ -126,7 +131,11 @@ class PolicyGradientConfig(AlgorithmConfig):
     @property
     def needs_old_logprobs(self) -> bool:
         in_reward = self.kl_place is KLPlace.reward and self.needs_reference
-        return in_reward or self.correction is not Correction.none
+        return in_reward or self.corrects
+
+    @property
+    def corrects(self) -> bool:
+        return self.correction is not Correction.none
 
     @property
     def needs_groups(self) -> bool:

@@ -61,6 +61,15 @@ class VLLMRolloutConfig(RolloutConfig):
             yield "gpu_memory_share", f"must be above 0 and at most 1, is {self.gpu_memory_share}", "0.9 is common."
 
 
+@option("rollout", "replay", builds="llmscale.rollout.replay:Replay")
+@dataclass
+class ReplayConfig(RolloutConfig):
+    """No engine: rlhf trains from what another run sampled. `temperature` and `max_new_tokens` have to be that run's."""
+
+    name: str = "replay"
+    path: str = MISSING  # directory of a run: of rlhf with record=true, or of rollout with record_logprobs=true
+
+
 class Role(Enum):
     """Who speaks in the chat template, when an environment does."""
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
-from llmscale.cluster.pool import WorkerPool, opened_pools
+from llmscale.cluster.pool import WorkerPool
 from llmscale.config import to_dict
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import load_prompts
@@ -33,12 +31,12 @@ from llmscale.rl.admission import admitted, check_finite, check_some_left, unsco
 from llmscale.stages.collected import write_collected
 from llmscale.stages.config import CollectConfig, check_context
 from llmscale.stages.rlhf_run import check_columns, sample_record
-from llmscale.stages.roles import RewardRole, RolloutRole
+from llmscale.stages.roles import RewardRole, RolloutRole, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers
 from llmscale.tracking.jsonl import METRICS, SAMPLES, iter_jsonl
 from llmscale.training.stop import signals
 
-ROLES = {"reward": RewardRole, "rollout": RolloutRole}
+ROLES = ("reward", "rollout")
 NUM_SAMPLES = "collect/samples"  # of a step, among its metrics: so many lines of samples.jsonl make it whole
 
 Scored = tuple[Trajectory, Score, float, float | None]  # with its score, reward and true reward
@@ -74,7 +72,7 @@ class Collection:
         with finishing(self.tracker):
             self.tracker.event("resumed" if done else "plan", step=done, **self.plan())
             if done < self.num_steps:
-                with self.pools() as pools, signals.deferred():
+                with opened_roles(self.config, self.directory, ROLES) as pools, signals.deferred():
                     self.sample_from(done, pools)
             found = write_collected(path, self.config, self.prompts)
             written = {n: v for n, v in found["metrics"].items() if n.startswith(("rankings/", "sft/"))}
@@ -127,13 +125,6 @@ class Collection:
             assert score.value is not None, "it was admitted"
             found.append((trajectories[i], score, score.value, true.value if true is not None else None))
         return found
-
-    @contextmanager
-    def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
-        config_file = str((self.directory.path / "config.yaml").resolve())
-        builds = {name: partial(role, config_file) for name, role in ROLES.items()}
-        with opened_pools(self.config.cluster, builds, self.directory.attempt_dir) as pools:
-            yield pools
 
     def plan(self) -> dict[str, Any]:
         """The arithmetic, so that nobody has to guess."""

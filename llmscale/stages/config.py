@@ -19,7 +19,7 @@ from llmscale.objectives.config import ObjectiveConfig
 from llmscale.optim.config import OptimConfig, Optimizer
 from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
-from llmscale.rollout.config import EnvironmentConfig, RolloutConfig, VLLMRolloutConfig
+from llmscale.rollout.config import EnvironmentConfig, ReplayConfig, RolloutConfig, VLLMRolloutConfig
 from llmscale.tracking.config import TrackingConfig
 from llmscale.training.config import TrainingConfig
 
@@ -171,6 +171,12 @@ class RlhfConfig(TrainedConfig):
     environment: EnvironmentConfig | None = None  # what answers the policy between its turns; None: it has one turn
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
+    record: bool = False  # all that is sampled, in completions.jsonl: rollout=replay trains from it without an engine
+
+    @property
+    def replays(self) -> bool:
+        """Whether samples come from another run."""
+        return isinstance(self.rollout, ReplayConfig)
 
     @property
     def max_logprob_diff(self) -> float:
@@ -184,7 +190,8 @@ class RlhfConfig(TrainedConfig):
         """The pools that this run needs."""
         critic = ["critic"] if self.algorithm.needs_critic else []
         reference = ["reference"] if self.algorithm.needs_reference and not self.reference_is_base else []
-        return ["policy", *critic, *reference, "reward", "rollout"]
+        rollout = ["rollout"] if not self.replays else []
+        return ["policy", *critic, *reference, "reward", *rollout]
 
     @property
     def reference_is_base(self) -> bool:
@@ -207,7 +214,7 @@ class RlhfConfig(TrainedConfig):
     @property
     def max_completion_tokens(self) -> int:
         """That the policy can write in one sample."""
-        return self.rollout.max_new_tokens * (self.environment.max_turns if self.environment is not None else 1)
+        return completion_tokens(self.rollout, self.environment)
 
     @property
     def critic_path(self) -> str:
@@ -225,10 +232,8 @@ class RlhfConfig(TrainedConfig):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
         yield from sampling_problems(self)
-        if self.environment is not None and self.max_completion_tokens >= self.data.max_seq_len:
-            what = f"{self.environment.max_turns} turns of {self.rollout.max_new_tokens} tokens leave no room for a prompt "
-            what += f"in {self.data.max_seq_len}"
-            yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
+        if self.record and self.replays:
+            yield "record", "there is nothing new to record in what is replayed", "Leave it out."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.rollout.truncates:
@@ -246,6 +251,37 @@ class RlhfConfig(TrainedConfig):
                 if getattr(self.cluster, role).num_workers > 1:
                     what = "several workers cannot share engine=single"
                     yield f"cluster.{role}.num_workers", what, "Add engine=deepspeed."
+
+
+@dataclass
+class AnsweringConfig(StageConfig):
+    """What the stages share in which `model` answers every prompt of `data.train` once. Nothing is trained: of `engine` the
+    precision alone matters."""
+
+    num_samples: int = 1  # completions of each prompt
+    rollout: RolloutConfig = MISSING
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from at_least(self, num_samples=1)
+        if self.model.adapter is not None:
+            yield "model.adapter", f"{self.stage} trains nothing", "Leave it out."
+        yield from sampling_problems(self)
+        if self.rollout.group_size is not None:
+            yield "rollout.group_size", f"{self.stage} has another name for it", "Set num_samples instead."
+        if self.data.validation is not None:
+            yield (
+                "data.validation",
+                f"{self.stage} reads data.train alone",
+                f"Leave it out; {self.stage} twice for two sets.",
+            )
+        if self.data.validation_fraction > 0:
+            yield "data.validation_fraction", f"{self.stage} answers every prompt", "Leave it at 0."
+        if self.data.mixture_weights or self.data.mixture_temperature != 1 or self.data.mixture_cap is not None:
+            what = f"{self.stage} takes every prompt of a mixture once"
+            yield "data.mixture_weights", what, "Leave the shares out."
+        if self.rollout.temperature == 0 and self.num_samples > 1:
+            yield "rollout.temperature", "greedy samples are all the same", "Set it above 0, or num_samples=1."
 
 
 @dataclass
@@ -299,7 +335,7 @@ class RejectionConfig(MethodConfig):
 
 @option(STAGE, "collect", builds="llmscale.stages.collect:run")
 @dataclass
-class CollectConfig(StageConfig):
+class CollectConfig(AnsweringConfig):
     """`model` answers every prompt of `data.train` once, `reward` scores the answers. Nothing is trained: of `engine` the
     precision alone matters."""
 
@@ -308,7 +344,6 @@ class CollectConfig(StageConfig):
     num_samples: int = 8  # completions of each prompt
     reward: RewardConfig = MISSING
     true_reward: RewardConfig | None = None  # only reported: what the reward stands for, where known
-    rollout: RolloutConfig = MISSING
     prompts_per_step: int = 32  # sampled, scored and written together; an interrupted run repeats no more than that
 
     @property
@@ -318,27 +353,32 @@ class CollectConfig(StageConfig):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from at_least(self, num_samples=1, prompts_per_step=1)
-        if self.model.adapter is not None:
-            yield "model.adapter", "collect trains nothing", "Leave it out."
-        yield from sampling_problems(self)
-        if self.rollout.group_size is not None:
-            yield "rollout.group_size", "collect has another name for it", "Set num_samples instead."
-        if self.data.validation is not None:
-            yield "data.validation", "collect reads data.train alone", "Leave it out; collect twice for two sets."
-        if self.data.mixture_weights or self.data.mixture_temperature != 1 or self.data.mixture_cap is not None:
-            yield "data.mixture_weights", "collect takes every prompt of a mixture once", "Leave the shares out."
-        temperature = self.rollout.temperature
+        yield from at_least(self, prompts_per_step=1)
         if self.num_beams:
             if self.num_beams < self.num_samples:
                 what = f"{self.num_beams} beams cannot return num_samples={self.num_samples}"
                 yield "method.num_beams", what, "Raise it, or leave it out."
             if self.rollout.name != "hf":
                 yield "rollout", "beam search runs on rollout=hf alone", "Choose it."
-            if temperature != 1 or self.rollout.truncates:
+            if self.rollout.temperature != 1 or self.rollout.truncates:
                 yield "rollout", "beam search samples nothing", "Leave temperature, top_k and top_p out."
-        elif temperature == 0 and self.num_samples > 1:
-            yield "rollout.temperature", "greedy samples are all the same", "Set it above 0, or num_samples=1."
+
+
+@option(STAGE, "rollout", builds="llmscale.stages.rollout:run")
+@dataclass
+class RolloutStageConfig(AnsweringConfig):
+    """`model` answers every prompt of `data.train` once, in completions.jsonl. Nothing is trained: of `engine` the precision
+    alone matters."""
+
+    stage: str = "rollout"
+    environment: EnvironmentConfig | None = None  # what answers the model between its turns; None: it has one turn
+    reward: RewardConfig | None = None  # scores the completions; None: they have no score
+    record_logprobs: bool = False  # of every token; needed to train from the completions, by rlhf with rollout=replay
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """That the model can write in one sample."""
+        return completion_tokens(self.rollout, self.environment)
 
 
 @option(STAGE, "pipeline", builds="llmscale.stages.pipeline:run")
@@ -375,6 +415,8 @@ class UseConfig:
         yield from at_least(self, seed=0)
         if isinstance(self.rollout, VLLMRolloutConfig):
             yield "rollout", f"{self.stage} samples in its own process, which vLLM would take over", "Leave it at hf."
+        if isinstance(self.rollout, ReplayConfig):
+            yield "rollout", "only rlhf can do without an engine", "Choose rollout=hf."
 
 
 @option(STAGE, "generate", builds="llmscale.stages.use:generate")
@@ -391,7 +433,14 @@ class ChatConfig(UseConfig):
     stage: str = "chat"
 
 
-def sampling_problems(config: RlhfConfig | CollectConfig) -> Iterator[Problem]:
+def completion_tokens(rollout: RolloutConfig, environment: EnvironmentConfig | None) -> int:
+    return rollout.max_new_tokens * (environment.max_turns if environment is not None else 1)
+
+
+SamplingConfig = RlhfConfig | CollectConfig | RolloutStageConfig
+
+
+def sampling_problems(config: RlhfConfig | AnsweringConfig) -> Iterator[Problem]:
     """What has to be there to sample completions of prompts."""
     if config.model.path is None:
         what = f"{config.stage} starts from a model"
@@ -402,21 +451,26 @@ def sampling_problems(config: RlhfConfig | CollectConfig) -> Iterator[Problem]:
     if isinstance(config.rollout, VLLMRolloutConfig) and config.cluster.one_process:
         what = "vLLM takes over the process that it runs in: its threads, seeds and memory"
         yield "rollout", what, "Add cluster=ray, or cluster=laptop for two cores: each worker is a process then."
-    if not isinstance(config, RlhfConfig) or config.environment is None:
+    if isinstance(config.rollout, ReplayConfig) and not isinstance(config, RlhfConfig):
+        yield "rollout", "only rlhf can do without an engine", "Choose rollout=hf."
+    environment: EnvironmentConfig | None = getattr(config, "environment", None)
+    if environment is None:
         for where, part in rewards_of(config):
             if isinstance(part, EnvironmentRewardConfig):
-                yield (
-                    where,
-                    "there is no environment that could give it",
-                    "Choose one, in rlhf: environment=calculator.",
-                )
+                what = "there is no environment that could give it"
+                yield where, what, "Choose one, in rlhf or rollout: environment=calculator."
+    elif completion_tokens(config.rollout, environment) >= config.data.max_seq_len:
+        what = f"{environment.max_turns} turns of {config.rollout.max_new_tokens} tokens leave no room for a prompt "
+        what += f"in {config.data.max_seq_len}"
+        yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
 
 
-def rewards_of(config: RlhfConfig | CollectConfig) -> Iterator[tuple[str, RewardConfig]]:
+def rewards_of(config: RlhfConfig | AnsweringConfig) -> Iterator[tuple[str, RewardConfig]]:
     """(dotted path, config) of every reward that is asked, the parts of sums one by one."""
-    yield from flattened(config.reward, "reward")
-    if config.true_reward is not None:
-        yield from flattened(config.true_reward, "true_reward")
+    for where in ("reward", "true_reward"):
+        reward: RewardConfig | None = getattr(config, where, None)
+        if reward is not None:
+            yield from flattened(reward, where)
 
 
 def unfit_optimizer(engine: EngineConfig, optim: OptimConfig, where: str) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmscale.compose import compose
-from llmscale.config import STAGE, options
+from llmscale.config import STAGE, groups, options
 from llmscale.errors import ConfigError, UsageError
 from llmscale.stages.config import StageConfig
 
@@ -25,7 +25,8 @@ def compose_stages(overrides: Sequence[str], config_dir: str | None) -> dict[str
             raise UsageError(
                 f"{stage!r} is not a stage of a pipeline", where="stages", fix=f"Use: {', '.join(trained)}."
             )
-    return {stage: _compose_stage(stage, _for_stage(stage, trained, overrides), config_dir) for stage in stages}
+    named = [stage for stage in trained if stage in stages or stage not in groups()]  # else rollout.x is the group's
+    return {stage: _compose_stage(stage, _for_stage(stage, named, overrides), config_dir) for stage in stages}
 
 
 def run(configs: Mapping[str, StageConfig]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from llmscale.rl.experience import (
     overlong_penalty,
 )
 from llmscale.rl.kl import AdaptiveCoefficient
+from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
 from llmscale.stages.config import OnNonfinite, RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
@@ -61,8 +62,11 @@ class Rlhf:
         pools: Mapping[str, WorkerPool],
         versions: VersionCounter,
         event: Callable[..., None],
+        record: Callable[[int, Sequence[Trajectory]], None],
+        replay: Replay | None = None,
     ):
         self.config, self.prompts, self.pools, self.versions, self.event = config, prompts, pools, versions, event
+        self.record, self.replay = record, replay
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
         self.kl_coef = AdaptiveCoefficient(
@@ -78,7 +82,7 @@ class Rlhf:
         scored, metrics = self.collect()
         experience, found = build_experience(self.algorithm, scored, self.kl_coef.value)
         metrics |= found
-        if self.config.scores_by_policy:
+        if self.config.scores_by_policy and (self.replay is None or self.replay.on_policy):
             check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)
@@ -102,6 +106,7 @@ class Rlhf:
         for _ in range(algorithm.max_draws if algorithm.filter_groups else 1):
             with self.timed("generate"):
                 trajectories = self.sample(self.draw(wanted - len(kept)))
+            self.record(self.step + 1, trajectories)
             with self.timed("score"):
                 scored, fresh = self.score(trajectories)
             sampled += fresh
@@ -126,6 +131,8 @@ class Rlhf:
         return [SamplingRequest(self.prompts.train[i], draw_id, k) for draw_id, i in pairs for k in group]
 
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        if self.replay is not None:
+            return self.replay.generate(requests)
         units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests)).wait()
         return [trajectory for unit in units for trajectory in unit]
 
@@ -200,13 +207,15 @@ class Rlhf:
 
     def publish(self) -> None:
         """New weights for every rollout worker, checked by fingerprint on both sides."""
+        if self.replay is not None:
+            return
         handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
         self.pools["rollout"].call(RolloutRole.load_weights, self.versions.next(), handles).wait()
 
     def evaluate(self) -> Metrics:
         """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on
-        the same randomness."""
-        if not self.prompts.validation:
+        the same randomness. What is replayed says nothing of them: another policy sampled it."""
+        if not self.prompts.validation or self.replay is not None:
             return {}
         with self.timed("evaluate"):
             trajectories = self.sample([SamplingRequest(p, -1 - i, 0) for i, p in enumerate(self.prompts.validation)])

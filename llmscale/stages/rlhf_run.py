@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
 from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.checkpoint.run_state import RunState
-from llmscale.cluster.pool import WorkerPool, opened_pools
+from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.config import to_dict
 from llmscale.data.chat import CUT, ChatRenderer, Message
@@ -26,25 +25,20 @@ from llmscale.models.loading import load_language_model, load_tokenizer, num_par
 from llmscale.protocols import State, Tracker
 from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
-from llmscale.stages.config import CollectConfig, RlhfConfig, check_context, rewards_of
+from llmscale.rollout.recording import COMPLETIONS, to_record
+from llmscale.rollout.replay import Replay
+from llmscale.stages.config import RlhfConfig, RolloutStageConfig, SamplingConfig, check_context, rewards_of
+from llmscale.stages.replayed import open_replay
 from llmscale.stages.rlhf import Metrics, Rlhf
-from llmscale.stages.roles import (
-    CriticRole,
-    PolicyRole,
-    ReferenceRole,
-    RewardRole,
-    RolloutRole,
-    observation_renderer,
-)
+from llmscale.stages.roles import CriticRole, PolicyRole, observation_renderer, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers
-from llmscale.tracking.jsonl import METRICS, last_metrics, read_jsonl
+from llmscale.tracking.jsonl import METRICS, RecordFile, last_metrics, read_jsonl
 from llmscale.training.stop import signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
-ROLES = TRAINED | {"reference": ReferenceRole, "reward": RewardRole, "rollout": RolloutRole}
 
 
 def run(config: RlhfConfig) -> dict[str, Any]:
@@ -62,6 +56,10 @@ class RlhfRun:
         tokenizer = load_tokenizer(path)
         self.prompts = load_prompts(config.data, tokenizer, room_for_completions(config, tokenizer))
         check_columns(config, [*self.prompts.train, *self.prompts.validation])
+        self.replay: Replay | None = None
+        if config.replays:
+            self.replay, self.terms = open_replay(config, self.prompts)
+        self.recording: RecordFile | None = None
         self.store = CheckpointStore(directory.checkpoints, config.training.keep_checkpoints)
         self.trained = {name: role for name, role in TRAINED.items() if name in config.roles}
         self.first_eval: Metrics = {}
@@ -76,6 +74,11 @@ class RlhfRun:
             for broken in skipped:
                 tracker.event("checkpoint_skipped", **broken)
             tracker.event("plan", **self.plan)
+            if self.replay is not None:
+                tracker.event("replay", **self.terms)
+            if self.config.record:
+                last = checkpoint.step if checkpoint else 0
+                self.recording = RecordFile(self.directory.path / COMPLETIONS, lambda record: record["step"] <= last)
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
             verdict = self.look_for_overoptimisation()
@@ -93,7 +96,7 @@ class RlhfRun:
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
         versions = VersionCounter(self.directory.path / "weight_version")
-        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event)
+        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event, self.record, self.replay)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         state.register("kl_coef", rlhf.kl_coef)
@@ -117,6 +120,8 @@ class RlhfRun:
                     self.save(rlhf, state)
                 if stop:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
+        if self.recording is not None:
+            self.recording.close()
         pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
 
     def look_for_overoptimisation(self) -> str | None:
@@ -128,6 +133,10 @@ class RlhfRun:
         atomic_write_text(self.directory.path / "overoptimisation.md", found.table())
         return found.verdict
 
+    def record(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        if self.recording is not None:
+            self.recording.append(to_record(t, step=step) for t in trajectories)
+
     def save(self, rlhf: Rlhf, state: RunState) -> None:
         def write(directory: Path) -> None:
             for name, role in self.trained.items():
@@ -136,6 +145,8 @@ class RlhfRun:
             state.save(directory)
 
         started = time.perf_counter()
+        if self.recording is not None:
+            self.recording.sync()  # who resumes from this checkpoint counts on every step before it
         path = self.store.save(rlhf.step, write)
         seconds = round(time.perf_counter() - started, 3)
         self.tracker.event("checkpoint", step=rlhf.step, path=str(path), seconds=seconds)
@@ -149,10 +160,8 @@ class RlhfRun:
 
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
-        config_file = str((self.directory.path / "config.yaml").resolve())
-        builds = {name: partial(ROLES[name], config_file) for name in self.config.roles}
         started = time.perf_counter()
-        with opened_pools(self.config.cluster, builds, self.directory.attempt_dir) as pools:
+        with opened_roles(self.config, self.directory, self.config.roles) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
             yield pools
@@ -189,7 +198,7 @@ class Progress:
         )
 
 
-def room_for_completions(config: RlhfConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+def room_for_completions(config: RlhfConfig | RolloutStageConfig, tokenizer: PreTrainedTokenizerFast) -> int:
     """Tokens of the longest completion: every turn at its limit, and the longest observation between each two.
 
     Raises: ModelError or DataError for a chat template that cannot put an observation between two turns.
@@ -207,7 +216,7 @@ def room_for_completions(config: RlhfConfig, tokenizer: PreTrainedTokenizerFast)
     return config.max_completion_tokens + (environment.max_turns - 1) * between
 
 
-def check_columns(config: RlhfConfig | CollectConfig, prompts: Sequence[Prompt]) -> None:
+def check_columns(config: SamplingConfig, prompts: Sequence[Prompt]) -> None:
     """Raises: ConfigError when a reward needs a column that a prompt lacks, before anything is sampled."""
     for where, reward in rewards_of(config):
         for column in reward.needs_columns():
@@ -248,19 +257,4 @@ def sample_record(
     trajectory: Trajectory, reward: float, true_reward: float | None, parts: Mapping[str, float], why: str
 ) -> dict[str, Any]:
     """A line of samples.jsonl, complete enough to train from."""
-    return {
-        "draw_id": trajectory.draw_id,
-        "sample_index": trajectory.sample_index,
-        "prompt": trajectory.prompt.text,
-        "completion": trajectory.completion,
-        **({"messages": list(trajectory.messages)} if trajectory.messages else {}),
-        "reward": reward,
-        "reward_parts": dict(parts),
-        "reward_why": why,
-        "true_reward": true_reward,
-        "finished": trajectory.finished,
-        "token_ids": trajectory.token_ids.tolist(),
-        "loss_mask": trajectory.loss_mask.astype(int).tolist(),
-        "rollout_logprobs": [round(float(x), 6) for x in trajectory.rollout_logprobs],
-        "weight_versions": trajectory.weight_versions.tolist(),
-    }
+    return to_record(trajectory, reward=reward, reward_parts=dict(parts), reward_why=why, true_reward=true_reward)

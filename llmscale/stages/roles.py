@@ -4,7 +4,8 @@ actor or in the driver's own process and knows nothing of either. Every role rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import llmscale.stages.config  # noqa: F401  registers every option before a con
 from llmscale import distributed
 from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
+from llmscale.checkpoint.run_directory import RunDirectory
+from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import BUCKET_BYTES, receive, send
 from llmscale.config import build, load
 from llmscale.data.batching import TokenBudget
@@ -39,7 +42,15 @@ from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rollout.beam import BeamSearch
 from llmscale.rollout.config import EnvironmentConfig, HFRolloutConfig, VLLMRolloutConfig
 from llmscale.rollout.turns import Render, Turns
-from llmscale.stages.config import BeamConfig, CollectConfig, Publish, RlhfConfig, StageConfig
+from llmscale.stages.config import (
+    BeamConfig,
+    CollectConfig,
+    Publish,
+    RlhfConfig,
+    RolloutStageConfig,
+    SamplingConfig,
+    StageConfig,
+)
 from llmscale.stages.leaving import write_model
 
 
@@ -155,11 +166,12 @@ class RewardRole:
     """The reward that is trained on, and the one that is only watched."""
 
     def __init__(self, config_file: str):
-        config: RlhfConfig | CollectConfig = load(Path(config_file))
+        config: SamplingConfig = load(Path(config_file))
         tokenizer = load_tokenizer(str(config.model.path))
+        assert config.reward is not None, "there is something to ask"
         self.reward = build_reward(config.reward, tokenizer, "reward")
         self.true_reward = None
-        if config.true_reward is not None:
+        if not isinstance(config, RolloutStageConfig) and config.true_reward is not None:
             self.true_reward = build_reward(config.true_reward, tokenizer, "true_reward")
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[tuple[Score, Score | None]]:
@@ -177,7 +189,7 @@ class RewardRole:
 
 class RolloutRole:
     def __init__(self, config_file: str):
-        config: RlhfConfig | CollectConfig = load(Path(config_file))
+        config: SamplingConfig = load(Path(config_file))
         path = str(config.model.path)
         takes_adapter = isinstance(config, RlhfConfig) and config.publish is Publish.adapter
         by_vllm = isinstance(config.rollout, VLLMRolloutConfig)  # which reads the weights itself
@@ -198,7 +210,7 @@ class RolloutRole:
             self.engine = build(config.rollout, *around, max_seq_len=config.data.max_seq_len)
         else:
             self.engine = build(config.rollout, *around)
-        if isinstance(config, RlhfConfig) and config.environment is not None:
+        if not isinstance(config, CollectConfig) and config.environment is not None:
             self.engine = Turns(config.environment, self.engine, observation_renderer(renderer, config.environment))
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
@@ -206,6 +218,26 @@ class RolloutRole:
 
     def load_weights(self, version: int, handles: list[Any]) -> None:
         self.engine.load_weights(version, receive(handles))
+
+
+ROLES = {
+    "policy": PolicyRole,
+    "critic": CriticRole,
+    "reference": ReferenceRole,
+    "reward": RewardRole,
+    "rollout": RolloutRole,
+}
+
+
+@contextmanager
+def opened_roles(
+    config: StageConfig, directory: RunDirectory, names: Iterable[str]
+) -> Iterator[Mapping[str, WorkerPool]]:
+    """A pool of each role of a run that is named, while the context is open."""
+    config_file = str((directory.path / "config.yaml").resolve())
+    builds = {name: partial(ROLES[name], config_file) for name in names}
+    with opened_pools(config.cluster, builds, directory.attempt_dir) as pools:
+        yield pools
 
 
 def observation_renderer(renderer: ChatRenderer, config: EnvironmentConfig) -> Render:

@@ -18,6 +18,7 @@ REACHED = {
     "reward": [("eval/accuracy", "held-out pairwise accuracy"), ("train/accuracy", "training pairwise accuracy")],
     "process": [("eval/accuracy", "held-out accuracy of steps"), ("train/accuracy", "training accuracy of steps")],
     "rlhf": [("reward/mean", "reward"), ("kl/ref", "KL to the SFT model")],
+    "rollout": [("rollout/completion_len", "tokens of a completion"), ("reward/mean", "reward")],
     "collect": [("rankings/records", "rankings"), ("sft/records", "conversations for SFT")],
 }
 
@@ -81,6 +82,11 @@ def reached(stage: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
             ),
             *(f"{label} {value}" for label, value in shown),
         ]
+    if stage == "rollout":
+        counts = f"{metrics['rollout/samples']:,} completions, {metrics['rollout/tokens']:,} tokens"
+        cut_off = f"{metrics['rollout/cut_off']:.1%} cut off"
+        failed = [f"{metrics['rollout/failed']:.1%} failed"] if metrics["rollout/failed"] else []
+        return [counts, cut_off, *failed, *(f"{label} {value:.3f}" for label, value in shown)]
     lines = [f"{label} {value:.3f}" for label, value in (shown if stage == "rlhf" else shown[:1])]
     if metrics.get("eval/ece") is not None:
         lines.append(f"held-out calibration error {metrics['eval/ece']:.3f}")

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,50 +36,73 @@ class JsonlTracker:
     """
 
     def __init__(self, directory: Path, resume_step: int):
-        self._directory = directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            dropped = {name: _cut(directory / name, resume_step) for name in (METRICS, SAMPLES)}
-            _cut(directory / EVENTS, math.inf)
-            # A lone surrogate in decoded text becomes its \u escape, which is what JSON wants.
-            self._files = {
-                name: (directory / name).open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
-                for name in (METRICS, SAMPLES, EVENTS)
-            }
-        except OSError as error:
-            raise self._not_writable(error) from error
+        def is_kept(record: Mapping[str, Any]) -> bool:
+            return bool(record.get("step", -1) <= resume_step)
+
+        self._files = {name: RecordFile(directory / name, is_kept) for name in (METRICS, SAMPLES)}
+        self._files[EVENTS] = RecordFile(directory / EVENTS)
+        dropped = {name: file.num_dropped for name, file in self._files.items()}
         if any(dropped.values()):
             self.event("records_cut", resume_step=resume_step, metrics=dropped[METRICS], samples=dropped[SAMPLES])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._append(METRICS, [{"step": step, "time_s": _now_s(), **metrics}])
+        self._files[METRICS].append([{"step": step, "time_s": _now_s(), **metrics}])
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        self._append(SAMPLES, [{"step": step, "time_s": _now_s(), **record} for record in records])
+        self._files[SAMPLES].append({"step": step, "time_s": _now_s(), **record} for record in records)
 
     def event(self, kind: str, **details: Any) -> None:
-        self._append(EVENTS, [{"time_s": _now_s(), "kind": kind, **details}])
+        self._files[EVENTS].append([{"time_s": _now_s(), "kind": kind, **details}])
 
     def finish(self, status: str) -> None:
         self.event("finished", status=status)
         for file in self._files.values():
             file.close()
 
-    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+
+class RecordFile:
+    """A file of JSON lines to append to; what was appended has reached the operating system when the call returns, and the
+    disk after `sync` or `close`. Opened again, it loses half a record at its end and every record that is not `is_kept`.
+
+    Raises: RunError when it cannot be written, DataError when it is damaged before its last line.
+    """
+
+    def __init__(self, path: Path, is_kept: Callable[[Mapping[str, Any]], bool] = lambda record: True):
+        self.path = path
         try:
-            self._files[name].write("".join(_to_line(record) for record in records))
-            self._files[name].flush()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.num_dropped = _cut(path, is_kept)  # whole records
+            # A lone surrogate in decoded text becomes its \u escape, which is what JSON wants.
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
         except OSError as error:
             raise self._not_writable(error) from error
 
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        try:
+            self._file.write("".join(_to_line(record) for record in records))
+            self._file.flush()
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
     def _not_writable(self, error: OSError) -> RunError:
         fix = "Free some space or choose another run directory; the same command then resumes."
-        return RunError(f"cannot write the run's records: {error}", where=str(self._directory), fix=fix)
+        return RunError(f"cannot write the run's records: {error}", where=str(self.path.parent), fix=fix)
 
 
 def append_event(directory: Path, kind: str, **details: Any) -> None:
     """One event in the file of a run whose own tracker is gone, as after the death of the process that had it."""
-    _cut(directory / EVENTS, math.inf)
+    _cut(directory / EVENTS, lambda record: True)
     with (directory / EVENTS).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(_to_line({"time_s": _now_s(), "kind": kind, **details}))
 
@@ -90,6 +113,14 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises: DataError for a line before the last that is not a JSON object.
     """
     return (record for _, record in _records(path))
+
+
+def iter_located(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same, each with the byte where its line begins."""
+    offset = 0
+    for line, record in _records(path):
+        yield offset, record
+        offset += len(line)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -122,8 +153,8 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, record
 
 
-def _cut(path: Path, last_step: float) -> int:
-    """Drop the records of later steps and a torn end; returns how many whole records went."""
+def _cut(path: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Drop a torn end and the records that are not kept; returns how many whole records went."""
     if not path.exists():
         return 0
     temporary = path.with_name(path.name + ".tmp")
@@ -131,10 +162,10 @@ def _cut(path: Path, last_step: float) -> int:
     try:
         with temporary.open("wb") as file:
             for line, record in _records(path):
-                if record.get("step", -1) > last_step:
-                    dropped += 1
-                else:
+                if is_kept(record):
                     file.write(line.rstrip(b"\n") + b"\n")
+                else:
+                    dropped += 1
             file.flush()
             os.fsync(file.fileno())
         if temporary.stat().st_size != path.stat().st_size:
@@ -159,6 +190,10 @@ def _now_s() -> float:
 
 
 def _to_line(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError):  # something in it is not JSON's; looking for it takes 30 times as long
+        pass
     nonfinite: dict[str, str] = {}
     plain = _to_json(record, "", nonfinite)
     if nonfinite:

@@ -73,7 +73,9 @@ def main() -> None:
             sent = time.perf_counter() - started
             pools["rollout"].call(Receiver.load_weights, handles).wait()
             rounds.append((time.perf_counter() - started, sent, copies_twice(num_bytes)))
-            print(f"round {number}: published in {rounds[-1][0]:.2f} s, copied twice in {rounds[-1][2]:.2f} s", flush=True)
+            print(
+                f"round {number}: published in {rounds[-1][0]:.2f} s, copied twice in {rounds[-1][2]:.2f} s", flush=True
+            )
     counted = rounds[1:]  # the first touches memory for the first time
     whole, sent, copied = (median(column) for column in zip(*counted, strict=True))
     ratio = median(a / c for a, _, c in counted)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from operator import length_hint
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def test_calls_give_results_in_order(backend: str, request: pytest.FixtureReques
     assert pool.units(Adder.add, range(12)).wait() == [n + 10 for n in range(12)]
     assert pools["reward"].units(Adder.add, []).wait() == []
     assert pools["reward"].call(Adder.add, 1).wait() == [101]
+
+
+@pytest.mark.parametrize("backend", ["local_pools", "ray_pools"])
+def test_a_stream_is_in_order_and_takes_no_more_than_it_needs(backend: str, request: pytest.FixtureRequest) -> None:
+    pool: WorkerPool = request.getfixturevalue(backend)["reference"]
+    units = iter(range(60))
+    for turn, result in enumerate(pool.stream(Adder.add, units)):
+        assert result == turn + 10
+        taken = 60 - length_hint(units)
+        assert turn < taken <= turn + 8 * pool.num_workers
+    assert turn == 59
+    assert list(pool.stream(Adder.add, [])) == []
+    with pytest.raises(WorkerError, match="TypeError") if backend == "ray_pools" else pytest.raises(TypeError):
+        list(pool.stream(Adder.add, [1, 2, "three", 4]))
+    assert list(pool.stream(Adder.add, [1])) == [11], "a stream that failed leaves workers that work"
 
 
 @pytest.mark.parametrize("backend", ["local_pools", "ray_pools"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmscale.errors import DataError, RunError
-from llmscale.tracking.jsonl import EVENTS, METRICS, SAMPLES, JsonlTracker, read_jsonl
+from llmscale.tracking.jsonl import EVENTS, METRICS, SAMPLES, JsonlTracker, RecordFile, iter_located, read_jsonl
 
 
 def write_run(directory, steps):
@@ -129,3 +129,33 @@ def test_a_directory_that_cannot_be_written_is_a_run_error(tmp_path):
     with pytest.raises(RunError) as caught:
         JsonlTracker(tmp_path / "file" / "run", -1)
     assert caught.value.where == str(tmp_path / "file" / "run")
+
+
+def test_a_record_file_keeps_what_it_is_told_to(tmp_path):
+    path = tmp_path / "folder" / "records.jsonl"
+    file = RecordFile(path)
+    file.append({"n": n, "text": "\u2028 \ud800 é" * n} for n in range(5))
+    assert [r["n"] for r in read_jsonl(path)] == list(range(5)), "before it is closed"
+    file.close()
+    before = path.read_bytes()
+    path.write_bytes(before + before[:9])
+    file = RecordFile(path, lambda record: record["n"] < 3)
+    assert file.num_dropped == 2 and before.startswith(path.read_bytes())
+    file.append([{"n": math.inf}])
+    file.sync()
+    assert [r["n"] for r in read_jsonl(path)] == [0, 1, 2, None]
+    file.close()
+    file.close()
+
+
+def test_a_record_is_found_again_by_its_byte(tmp_path):
+    file = RecordFile(tmp_path / "records.jsonl")
+    file.append({"n": n, "text": "é\u2028" * n} for n in range(7))
+    file.close()
+    with (tmp_path / "records.jsonl").open("ab") as torn:
+        torn.write(b'{"n": 7')
+    with (tmp_path / "records.jsonl").open("rb") as opened:
+        for number, (offset, record) in enumerate(iter_located(tmp_path / "records.jsonl")):
+            opened.seek(offset)
+            assert json.loads(opened.readline()) == record and record["n"] == number
+    assert number == 6
