@@ -119,5 +119,9 @@ def _check_enough(config: RlhfConfig, replay: Replay, path: Path) -> None:
                 raise ConfigError(lacking, where=GROUP_SIZE, fix=f"Set it to {sample}, or record more samples.")
             early = "" if read_result(path) is not None else ", and its run has not ended"
             enough = draw // per_step
-            fix = f"Set training.num_steps={enough}, or record more." if enough else "Record more."
+            fix = (
+                f"Set training.num_steps={enough}, or record more."
+                if enough
+                else "Record more, or take the recorded prompts alone."
+            )
             raise RunError(f"{lacking}{early}", where=str(path), fix=fix)

@@ -11,6 +11,7 @@ import pytest
 
 from llmscale.compose import compose
 from llmscale.errors import ConfigError, LlmscaleError
+from llmscale.stages.pipeline import compose_stages
 from llmscale.stages.rlhf_run import run as run_in_process
 from llmscale.stages.rollout import run as roll_out
 from tests.stages.runs import arguments, kill_when, records, weights, without_times
@@ -220,3 +221,9 @@ def test_only_rlhf_replays(stage: str) -> None:
     needed = ["data.train=x"] if stage in ("rollout", "collect") else []
     with pytest.raises(ConfigError, match="only rlhf can do without an engine"):
         compose(stage, [*needed, "model.path=m", "rollout=replay", "rollout.path=p"])
+
+
+def test_the_experiment_replays_what_it_rolled_out() -> None:
+    rollout, rlhf = compose_stages(["experiment=offline", "stages=[rollout,rlhf]"], None).values()
+    assert rlhf.rollout.path == str(rollout.run_dir)  # type: ignore[attr-defined]
+    assert rlhf.roles == ["policy", "reference", "reward"]  # type: ignore[attr-defined]
