@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ class Ranks:
             for process in self.processes:
                 process.kill()
                 process.wait()
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """Kill all of them as soon as the condition holds."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert all(process.poll() is None for process in self.processes), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.005)
+        for process in self.processes:
+            process.kill()
+        self.wait()
 
     def said(self) -> str:
         return "\n".join(log.read_text() for log in self.logs)
