@@ -105,6 +105,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("engines")
     environment = dict(os.environ)
+    scenarios.prepare()
     for name, config in ONE_PROCESS.items():
         scenarios.run_all(config, folder / name)
     scenarios.learning_from_samples(scenarios.Bench(ONE_PROCESS["single"], folder / "single"))

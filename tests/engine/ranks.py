@@ -40,6 +40,7 @@ def run(folder: Path, *, tensor_parallel: bool) -> None:
 
 def main(folder: Path) -> None:
     distributed.join(timeout_s=60)
+    scenarios.prepare()
     run(folder, tensor_parallel=False)
     distributed.barrier()
     for name in RESHARDED:

@@ -4,11 +4,13 @@ compare them: so the same code runs in the tests' own process and in the ranks o
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -53,6 +55,12 @@ LION = replace(TRAIN, optimizer=Optimizer.lion, lr=2e-4)
 
 Shard = tuple[int, int]  # which, and of how many
 Split = Callable[[Sequence[Any], Shard], list[list[Any]]]
+
+
+def prepare() -> None:
+    """Before the first engine: DeepSpeed collects garbage for each one of stage 3, among all that was ever imported."""
+    import_module("llmscale.engine.deepspeed")
+    gc.freeze()
 
 
 def own(examples: Sequence[Any], shard: Shard) -> list[Any]:
