@@ -1,6 +1,7 @@
 # make install   environment in .venv (again only when its pins change)
 # make demo      a small model through every stage, on this machine
-# make test      tests that need no GPU, two files at a time
+# make test      tests that need no GPU, two files at a time: a quarter of an hour on two cores
+# make test-slow the few that take minutes each: whole runs of what `make test` has in small
 # make lint      ruff, mypy, shellcheck
 # make bench     speed against a bare loop, transformers and TRL: half an hour on an idle machine, BENCH=--help
 PYTHON ?= python3
@@ -8,12 +9,16 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install warm demo test lint bench clean
+.PHONY: install warm demo test test-slow lint bench clean
 demo: install
 	$(BIN)/llmscale pipeline experiment=demo
 
+TEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(TEST)
+
+test-slow: install
+	$(TEST) -m 'slow and not gpu and not bench'
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.runs import arguments, records, succeed
+from tests.stages.ranks import Ranks
+from tests.stages.runs import arguments, from_chain, records, succeed
 from tests.stages.test_on_ray import weight_difference
-from tests.stages.test_ranks_stopped import Ranks
-from tests.stages.test_resume import from_chain
 
 SHARED = {
     "sft": "engine.tensor_parallel_size=2",
