@@ -1,7 +1,8 @@
 # make install   environment in .venv (again only when its pins change)
 # make vllm      vLLM's CPU build in .venv, for rollout=vllm on a machine without GPUs
 # make demo      a small model through every stage, on this machine
-# make test      tests that need no GPU, two files at a time
+# make test      tests that need no GPU, two files at a time: a quarter of an hour on two cores
+# make test-slow the few that take minutes each: whole runs of what `make test` has in small
 # make lint      ruff, mypy, shellcheck
 # make bench     speed against a bare loop, transformers and TRL: half an hour on an idle machine, BENCH=--help
 PYTHON ?= python3
@@ -9,14 +10,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install warm vllm demo test lint bench clean
+.PHONY: install warm vllm demo test test-slow lint bench clean
 demo: install
 	$(BIN)/llmscale pipeline experiment=demo
 
 # Where vLLM cannot be had, its tests say so and are left out; where CI is true, they fail.
-test: install
+test-slow: ONLY := -m 'slow and not gpu and not bench'
+test test-slow: install
 	-$(MAKE) vllm
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ONLY)
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmscale.batch import APART, Batch, Prompt, Rows, Trajectory
 
 Accept = Callable[[Mapping[str, float]], bool]  # a step's metrics -> whether its update may be applied
+Digests = Mapping[str, str]  # of files that were digested as they were written, by name
 State = dict[str, Any]  # what a component writes into a checkpoint: JSON values and tensors
 
 
@@ -111,7 +112,7 @@ class TrainEngine(Protocol):
         adapted model these are base and adapter as they are, side by side; `llmscale.models.adapters.merged` joins them."""
         ...
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def snapshot(self) -> Callable[[Path], Digests]:
         """Collective: a copy of this rank's part of model and optimizer state, on the CPU. What it returns writes that
         copy into a directory; it takes part in no collective, so another thread may call it while training goes on."""
         ...

@@ -88,9 +88,16 @@ def _left_behind() -> dict[int, str]:
     return found
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README runs the whole demo: first, so that one of two workers is not left with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """For several workers: a file goes to one of them, all those of the engines to the same, for what they compare is made
+    once a worker. What takes longest comes first, so that no worker is left with it at the end."""
+    for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
+        group = "engine" if item.path.parent == ROOT / "tests" / "engine" else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent.name != "engine" and item.path.name != "test_readme.py")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,11 @@ class AsyncSaver:
         atexit.register(self._tell)
 
     def save(
-        self, step: int, snapshot: Callable[[], Callable[[Path], None]], *, score: float | None = None
+        self,
+        step: int,
+        snapshot: Callable[[], Callable[[Path], Mapping[str, str] | None]],
+        *,
+        score: float | None = None,
     ) -> Saved | None:
         """Collective: let `snapshot` copy the state and begin to write the copy. It is called when the save before has
         ended, so that there is one copy in memory. Returns and raises what `wait` does.

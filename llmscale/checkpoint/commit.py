@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        write: Callable[[Path], None],
+        write: Callable[[Path], Mapping[str, str] | None],
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -66,7 +66,8 @@ class CheckpointStore:
         expected_bytes: int | None = None,
         score: float | None = None,
     ) -> Path:
-        """Collective: every rank calls this, and its `write` puts its own files into the directory that it is given.
+        """Collective: every rank calls this, and its `write` puts its own files into the directory that it is given. It may
+        return digests of some of them, which are then not read again.
 
         `expected_bytes` is the size of the whole checkpoint, to refuse early when the disk has less; by default that
         of the checkpoint before. `score` (lower is better; one that is not finite counts as none) goes into the
@@ -89,8 +90,7 @@ class CheckpointStore:
             _require(partial)
             part = _part(partial, rank)
             part.mkdir()
-            write(part)
-            files = _on_disk(part)
+            files = _on_disk(part, write(part) or {})
             atomic_write_text(_mark(partial, rank), json.dumps(files_to_json(files)))
 
         def commit() -> None:
@@ -244,11 +244,12 @@ def _manifest_or_none(checkpoint: Checkpoint) -> Manifest | None:
         return None
 
 
-def _on_disk(part: Path) -> dict[str, File]:
-    """Bring a rank's files to disk and digest them meanwhile, from memory where they still are."""
+def _on_disk(part: Path, digests: Mapping[str, str]) -> dict[str, File]:
+    """Bring a rank's files to disk and digest meanwhile those that were not as they were written."""
     synced = Task(lambda: fsync_tree(part))
     try:
-        return {name: File((part / name).stat().st_size, ALGORITHM, digest(part / name)) for name in file_names(part)}
+        sizes = {name: (part / name).stat().st_size for name in file_names(part)}
+        return {name: File(n, ALGORITHM, digests.get(name) or digest(part / name)) for name, n in sizes.items()}
     finally:
         synced.result()
 

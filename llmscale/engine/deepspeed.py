@@ -50,7 +50,7 @@ from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
 from llmscale.phases import phase
-from llmscale.protocols import Accept, Objective
+from llmscale.protocols import Accept, Digests, Objective
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 
@@ -137,7 +137,7 @@ class DeepSpeedEngine(FrozenEngine):
                 whole = {name: self._whole(parameter) for name, parameter in bucket.items()}
                 yield whole if distributed.rank() == 0 else {}
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def snapshot(self) -> Callable[[Path], Digests]:
         return state.snapshot(self._pieces(), self.num_steps, self._part)
 
     def load(self, directory: Path) -> None:

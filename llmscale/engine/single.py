@@ -30,7 +30,7 @@ from llmscale.optim.build import build_optimizer, set_learning_rate
 from llmscale.optim.config import OptimConfig
 from llmscale.optim.schedule import learning_rate
 from llmscale.phases import phase
-from llmscale.protocols import Accept, Objective
+from llmscale.protocols import Accept, Digests, Objective
 
 
 class SingleEngine(FrozenEngine):
@@ -84,7 +84,7 @@ class SingleEngine(FrozenEngine):
         for bucket in parameter_buckets(self.model, bucket_bytes, trained_only):
             yield {name: parameter.detach() for name, parameter in bucket.items()}
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def snapshot(self) -> Callable[[Path], Digests]:
         return state.snapshot(self._pieces(), self.num_steps, state.Part())
 
     def load(self, directory: Path) -> None:

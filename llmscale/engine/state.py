@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmscale.checkpoint.tensors import save_tensors
 from llmscale.errors import CheckpointError
+from llmscale.protocols import Digests
 
 WEIGHT = "weight"  # beside the optimizer's own names of what it keeps, such as exp_avg
 
@@ -80,7 +81,7 @@ def _is_elementwise(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def snapshot(pieces: Sequence[Piece], num_steps: int, part: Part) -> Callable[[Path], None]:
+def snapshot(pieces: Sequence[Piece], num_steps: int, part: Part) -> Callable[[Path], Digests]:
     """Copy the pieces to the CPU; what is returned writes the copy into a directory, whenever."""
     copied = {
         f"{piece.name}|{key}": value.detach().to("cpu", copy=True)
@@ -89,7 +90,7 @@ def snapshot(pieces: Sequence[Piece], num_steps: int, part: Part) -> Callable[[P
     }
     parameters = {p.name: {"shape": list(p.shape), "start": p.start, "numbers": p.numbers()} for p in pieces}
     metadata = {"num_steps": str(num_steps), "parameters": json.dumps(parameters)}
-    return lambda directory: save_file(copied, directory / part.file_name, metadata)
+    return lambda directory: {part.file_name: save_tensors(directory / part.file_name, copied, metadata)}
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, LlmscaleError, Requeue
 from llmscale.models.adapters import FrozenBase, adapted
 from llmscale.models.loading import load_language_model, load_tokenizer, num_parameters, saved_context_length
-from llmscale.protocols import State, Tracker
+from llmscale.protocols import Digests, State, Tracker
 from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
 from llmscale.rollout.recording import COMPLETIONS, to_record
@@ -138,11 +138,14 @@ class RlhfRun:
             self.recording.append(to_record(t, step=step) for t in trajectories)
 
     def save(self, rlhf: Rlhf, state: RunState) -> None:
-        def write(directory: Path) -> None:
+        def write(directory: Path) -> Digests:
+            digests: dict[str, str] = {}
             for name, role in self.trained.items():
                 (directory / name).mkdir()
-                rlhf.pools[name].call(role.save, str((directory / name).resolve())).wait()
+                for own in rlhf.pools[name].call(role.save, str((directory / name).resolve())).wait():
+                    digests |= {f"{name}/{file}": digest for file, digest in own.items()}
             state.save(directory)
+            return digests
 
         started = time.perf_counter()
         if self.recording is not None:

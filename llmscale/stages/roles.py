@@ -35,7 +35,7 @@ from llmscale.models.loading import (
     load_tokenizer,
 )
 from llmscale.optim.config import OptimConfig
-from llmscale.protocols import Forward, Objective, RolloutEngine, SamplingRequest, Score, TrainEngine
+from llmscale.protocols import Digests, Forward, Objective, RolloutEngine, SamplingRequest, Score, TrainEngine
 from llmscale.rewards.weighted import build_reward
 from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
@@ -84,9 +84,10 @@ class TrainedRole:
             metrics.append(self.engine.step(batches, self.objective))
         return metrics
 
-    def save(self, directory: str) -> None:
-        self.engine.snapshot()(Path(directory))
+    def save(self, directory: str) -> Digests:
+        digests = self.engine.snapshot()(Path(directory))
         fsync_tree(Path(directory))  # by the host that wrote it
+        return digests
 
     def load(self, directory: str) -> None:
         self.engine.load(Path(directory))

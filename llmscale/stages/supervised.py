@@ -44,7 +44,7 @@ from llmscale.models.loading import (
     num_parameters,
 )
 from llmscale.phases import phase
-from llmscale.protocols import Tracker
+from llmscale.protocols import Digests, Tracker
 from llmscale.stages.appraisal import appraise, check_objective
 from llmscale.stages.config import SupervisedConfig, check_context
 from llmscale.stages.leaving import write_model
@@ -236,13 +236,13 @@ class SupervisedRun:
     def save(self, step: int) -> None:
         """Copy the state; a thread writes it while training goes on."""
 
-        def snapshot() -> Callable[[Path], None]:
+        def snapshot() -> Callable[[Path], Digests]:
             engine, state = self.engine.snapshot(), self.state.snapshot()
 
-            def write(directory: Path) -> None:
-                engine(directory)
+            def write(directory: Path) -> Digests:
                 if self.world.is_main:
                     state(directory)
+                return engine(directory)
 
             return write
 

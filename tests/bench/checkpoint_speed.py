@@ -105,9 +105,9 @@ def measure(directory: Path, rounds: int) -> None:
         saves.append(timed(lambda w=write, n=round_: store.save(n, w)))
         del write
         checkpoint = store.checkpoints()[0]
-        warms.append(timed(lambda c=checkpoint: verify(c)))
         forget(checkpoint.path)
         colds.append(timed(lambda c=checkpoint: verify(c)))
+        warms.append(timed(lambda c=checkpoint: verify(c)))
         dds.append(dd(directory, num_bytes))
 
     plain = [timed(step) for _ in range(3)]

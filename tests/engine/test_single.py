@@ -114,7 +114,6 @@ def test_a_scalar_model_is_saved_and_loaded(tmp_path: Path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.slow
 def test_compiled_as_not_compiled():
     compiled = SingleEngine(SingleConfig(compile=True), language_model(), OPTIM, NUM_STEPS)
     plain = engine()

@@ -15,7 +15,7 @@ from tests.hosts.network import Host
 from tests.stages.runs import TINY, arguments, records, succeed
 from tests.stages.test_on_ray import weight_difference
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+pytestmark = pytest.mark.hosts
 Drive = Callable[[str], subprocess.Popen]
 # A dead host is noticed after seconds, not after the minute of the defaults, and a slow one has time to answer.
 HEALTH = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "10000", "failure_threshold": "3"}

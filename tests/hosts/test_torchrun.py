@@ -13,7 +13,7 @@ from tests.hosts.commands import assert_same_numbers, documented, exit_codes, ti
 from tests.hosts.network import Host
 from tests.stages.runs import records
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+pytestmark = pytest.mark.hosts
 COLLECTIVE_TIMEOUT_S = 30
 
 

@@ -48,6 +48,13 @@ def arguments(stage: str, run_dir: Path, *overrides: str) -> list[str]:
     return [stage, *common, *TINY[stage], *SAVE_OFTEN, *overrides]
 
 
+def from_chain(stage: str, chain: Path) -> list[str]:
+    """Overrides that take earlier stages from the finished chain."""
+    earlier = {"pretrain": [], "sft": ["pretrain"], "reward": ["sft"], "rlhf": ["sft", "reward"]}[stage]
+    paths = ("model.path", "reward.path")
+    return [f"{path}={chain}/demo/{name}" for path, name in zip(paths, earlier, strict=False)]
+
+
 def pipeline(run_dir: Path, *overrides: str) -> list[str]:
     common = ["experiment=demo", f"run.dir={run_dir}", "tracking.wandb=disabled", "engine=single", "cluster=local"]
     tiny = [f"{stage}.{o}" for stage, own in TINY.items() for o in [*own, *SAVE_OFTEN]]

@@ -257,7 +257,6 @@ def test_generate_and_chat(llmscale: Answer, argv: list[str], hint: str):
 # ---------------------------------------------------------------- clusters
 
 
-@pytest.mark.slow
 def test_a_cluster_without_gpus_refuses_a_pool_that_wants_one(llmscale: Answer, ground: Path):
     run = ground / "runs" / "greedy"
     code, error = llmscale(*LEARNED, "cluster=ray", "cluster.rollout.num_gpus=1000", f"run.name={run.name}")

@@ -40,9 +40,13 @@ def checkpoint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run with checkpoints of steps 10, 20 and 30."""
+
+    def write(directory: Path) -> None:
+        (directory / "weights").write_bytes(bytes(1500))
+
     store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=3)
     for step, score in ((10, 0.5), (20, None), (30, 0.25)):
-        store.save(step, lambda directory: (directory / "weights").write_bytes(bytes(1500)), score=score)
+        store.save(step, write, score=score)
     (tmp_path / "run" / "config.yaml").write_text("stage: sft\n")
     return tmp_path / "run"
 

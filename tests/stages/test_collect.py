@@ -318,7 +318,6 @@ def test_a_reward_that_is_not_a_number_stops_the_run(policy: Path, tmp_path: Pat
     assert not (collected(tmp_path) / "sft.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_ray_workers_collect_what_one_process_collects(policy: Path, finished: Path, tmp_path: Path) -> None:
     pools = [
         "cluster=ray",

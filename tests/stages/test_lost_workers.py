@@ -14,32 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import _left_behind
-from tests.stages.runs import DEADLINE_S, arguments, num_lines, records, weights, without_times
+from tests.stages.ranks import ranks_arguments
+from tests.stages.runs import DEADLINE_S, num_lines, records, weights, without_times
 from tests.stages.test_on_ray import TWO_RANKS, command
-from tests.stages.test_ranks_stopped import Ranks
-from tests.stages.test_resume import from_chain
 
-pytestmark = pytest.mark.slow
-NUM_STEPS = 60
-
-
-def overrides(chain: Path) -> list[str]:
-    return [*from_chain("sft", chain), f"training.num_steps={NUM_STEPS}", "training.save_every_steps=4"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the same two ranks without Ray."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    argv = [a for a in arguments("sft", folder, *overrides(chain), "engine=deepspeed") if a != "engine=single"]
-    ranks = Ranks(argv, folder)
-    assert ranks.wait() == [0, 0], ranks.said()
-    return folder / "demo" / "sft"
+pytestmark = pytest.mark.xdist_group("undisturbed")
 
 
 def on_ray(chain: Path, folder: Path, *more: str) -> list[str]:
-    argv = arguments("sft", folder, *overrides(chain), *TWO_RANKS, *more)
-    return [a for a in argv if a not in ("engine=single", "cluster=local")]
+    return [a for a in ranks_arguments(chain, folder, *TWO_RANKS, *more) if a != "cluster=local"]
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
@@ -96,6 +79,7 @@ def test_a_killed_and_a_stuck_rank_are_replaced(chain: Path, undisturbed: Path, 
     assert_undisturbed(run_dir, undisturbed)
 
 
+@pytest.mark.slow  # test_ranks_stopped.py and test_stopping.py have the signal, the test above the resumed ranks
 def test_a_signal_to_the_driver_saves_in_its_workers(chain: Path, undisturbed: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "demo" / "sft", tmp_path / "log"
     process = command(on_ray(chain, tmp_path), log)

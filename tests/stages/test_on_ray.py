@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tests.conftest import MARKER, ROOT, _left_behind
 from tests.stages.runs import arguments, num_lines, records, succeed
 
-pytestmark = pytest.mark.slow
 TWO_RANKS = ["engine=deepspeed", "cluster.trainer.num_workers=2", "cluster.trainer.num_cpus=0.5"]
 POOLS = ["engine=deepspeed", "cluster=ray", "cluster.rollout.num_workers=2", "cluster.policy.num_workers=2"]
 
@@ -86,6 +85,7 @@ def test_two_ranks_killed_and_resumed_equal_one_process(chain: Path, tmp_path: P
     assert weight_difference(run_dir, reference) < 1e-4
 
 
+@pytest.mark.slow  # undisturbed, the demo of test_readme.py has the same pools, tests/hosts/test_ray.py the same numbers
 def test_rlhf_on_separate_pools_interrupted_killed_and_finished(chain: Path, tmp_path: Path) -> None:
     """Ctrl-C, then kill -9 of the driver, then the end: with the numbers of the undisturbed run in one process."""
     paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward", "training.num_steps=12"]

@@ -80,7 +80,6 @@ def trained(folder: Path, raters: str) -> tuple[str, dict, Path]:
     return printed, event, run_dir
 
 
-@pytest.mark.slow
 def test_a_biased_reward_model_is_found_out(written: Path) -> None:
     printed, event, run_dir = trained(written, "biased")
     first, best, last = event["parts"][0], event["best"], event["parts"][-1]
@@ -91,7 +90,6 @@ def test_a_biased_reward_model_is_found_out(written: Path) -> None:
     assert (run_dir / "overoptimisation.md").read_text().startswith("Over-optimised after step")
 
 
-@pytest.mark.slow
 def test_an_unbiased_one_is_not_accused(written: Path) -> None:
     printed, event, _ = trained(written, "unbiased")
     first, last = event["parts"][0], event["parts"][-1]

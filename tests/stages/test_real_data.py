@@ -11,7 +11,7 @@ from tests.stages.runs import records, succeed
 
 
 @pytest.mark.realdata
-@pytest.mark.slow
+@pytest.mark.slow  # the other tests of realdata have its files in shorter runs
 def test_the_pipeline_runs_on_real_data(shared_data: Path, tmp_path: Path) -> None:
     sources = {
         "pretrain": shared_data / "pretrain",

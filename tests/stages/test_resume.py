@@ -8,20 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.runs import arguments, kill_when, num_lines, pipeline, records, succeed, weights, without_times
+from tests.stages.runs import (
+    arguments,
+    from_chain,
+    kill_when,
+    num_lines,
+    pipeline,
+    records,
+    succeed,
+    weights,
+    without_times,
+)
 
 STAGES = ("pretrain", "sft", "reward", "rlhf")
 # Long enough that a kill comes before the end on a busy machine too.
 NUM_STEPS = {"pretrain": 40, "sft": 60, "reward": 40, "rlhf": 10}
 # What keeps a state of its own besides weights, optimizer and position: an average of the weights, a coefficient that adapts.
 STATEFUL = {"rlhf": ["optim.ema_decay=0.9", "algorithm.kl_target=1", "algorithm.kl_horizon=200"]}
-
-
-def from_chain(stage: str, chain: Path) -> list[str]:
-    """Overrides that take earlier stages from the finished chain."""
-    earlier = {"pretrain": [], "sft": ["pretrain"], "reward": ["sft"], "rlhf": ["sft", "reward"]}[stage]
-    paths = ("model.path", "reward.path")
-    return [f"{path}={chain}/demo/{name}" for path, name in zip(paths, earlier, strict=False)]
 
 
 @pytest.mark.parametrize("stage", STAGES)

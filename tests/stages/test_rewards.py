@@ -147,6 +147,61 @@ def test_a_step_of_which_nothing_is_left_stops_the_run(chain: Path, tmp_path: Pa
     assert not (folder / "hf").exists() and not (folder / "samples.jsonl").read_text()
 
 
+UNSURE = """
+import zlib
+
+def mine(prompt, completion, fields):
+    if fields["answer"][0] in "{no_idea}":
+        raise LookupError(f"nobody knows about {{prompt}}")
+    return float(zlib.crc32(completion.encode()))  # as good as never the same for two
+"""
+
+
+def dynamic_sampling(chain: Path, tmp_path: Path, *, no_idea: str) -> list[str]:
+    (tmp_path / "unsure.py").write_text(UNSURE.format(no_idea=no_idea))
+    overrides = ["algorithm=dapo", "algorithm.max_draws=4", "rollout.group_size=4", "training.prompts_per_step=2"]
+    overrides += ["algorithm.global_batch_size=8"]
+    overrides += ["reward=function", f"reward.path={tmp_path}/unsure.py:mine", "reward.on_error=exclude"]
+    return rlhf(chain, tmp_path, *overrides, "data.validation=null", "training.num_steps=8")
+
+
+def test_dynamic_sampling_draws_again_for_prompts_that_nobody_can_score(chain: Path, tmp_path: Path) -> None:
+    """Also where a whole draw is of such prompts: then the step learns from the next one that is not."""
+    succeed(dynamic_sampling(chain, tmp_path, no_idea="ab"), tmp_path / "log")
+    folder = tmp_path / "demo" / "rlhf"
+    samples, left_out = records(folder / "samples.jsonl"), events(folder, "sample_excluded")
+    lost = {e["draw_id"] for e in left_out}
+    draws, empty = 0, 0
+    for step in records(folder / "metrics.jsonl"):
+        kept: list[int] = []
+        first = draws
+        for _ in range(4):
+            drawn = range(draws, draws + 2 - len(kept))
+            draws += len(drawn)
+            scored = [i for i in drawn if i not in lost]
+            empty += not scored
+            kept += scored
+            if len(kept) == 2:
+                break
+        own = [s for s in samples if s["step"] == step["step"]]
+        assert [(s["draw_id"], s["sample_index"]) for s in own] == [(i, k) for i in kept for k in range(4)]
+        named = [(e["draw_id"], e["sample_index"]) for e in left_out if e["step"] == step["step"]]
+        assert named == [(i, k) for i in range(first, draws) if i not in kept for k in range(4)]
+        assert (step["reward/excluded"], step["reward/excluded_with_group"]) == (len(named), 0)
+        assert step["reward/mean"] == pytest.approx(sum(s["reward"] for s in own) / len(own), rel=1e-6)
+        assert step["reward/equal_groups"] == 0 and step["policy/grad_norm"] > 0
+    assert empty >= 1, "in every draw something could be scored"
+    assert len(lost) * 4 == len(left_out) and all("LookupError: nobody knows about" in e["why"] for e in left_out)
+    assert (folder / "hf").exists()
+
+
+def test_dynamic_sampling_gives_up_when_no_draw_of_a_step_can_be_scored(chain: Path, tmp_path: Path) -> None:
+    assert run(dynamic_sampling(chain, tmp_path, no_idea="abcdefghijklmnopqrstuvwxyz"), tmp_path / "log") == 1
+    printed = (tmp_path / "log").read_text()
+    assert "32 of 32 samples could not be scored" in printed and "Traceback" not in printed
+    assert len(events(tmp_path / "demo" / "rlhf", "sample_excluded")) == 4 * 2 * 4  # draws, prompts, samples
+
+
 def test_a_part_that_needs_a_column_is_refused_by_its_path(chain: Path, tmp_path: Path) -> None:
     overrides = ["reward=sum", "reward.parts.right=answer", "reward.parts.right.column=solution"]
     assert run(rlhf(chain, tmp_path, *overrides), tmp_path / "log") == 2

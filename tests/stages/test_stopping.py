@@ -13,6 +13,7 @@ import pytest
 from tests.stages.runs import (
     DEADLINE_S,
     arguments,
+    from_chain,
     kill_when,
     num_lines,
     records,
@@ -22,7 +23,7 @@ from tests.stages.runs import (
     weights,
     without_times,
 )
-from tests.stages.test_resume import NUM_STEPS, from_chain
+from tests.stages.test_resume import NUM_STEPS
 
 SAVED = 75
 RARE = ["training.save_every_steps=1000", "training.eval_every_steps=1000"]

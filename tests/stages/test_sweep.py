@@ -72,7 +72,6 @@ def jobs_of(ground: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- running
 
 
-@pytest.mark.slow
 def test_a_job_that_fails_stops_no_other_and_the_same_command_resumes(ground: Path) -> None:
     argv = [*PRETRAIN, "data.train=a.jsonl,missing.jsonl,b.jsonl", "tracking.wandb=offline"]
     code, printed = llmscale(ground, *argv)
@@ -105,7 +104,6 @@ def test_a_job_that_fails_stops_no_other_and_the_same_command_resumes(ground: Pa
     assert (runs / "train=a.jsonl/pretrain/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_resumes(ground: Path) -> None:
     argv = [*PRETRAIN, "run.seed=0,1", "data.train=a.jsonl", "tracking.wandb=disabled", "training.save_every_steps=4"]
     argv += ["training.num_steps=100"]
@@ -139,7 +137,6 @@ def test_a_sweep_that_is_stopped_or_killed_resumes(ground: Path) -> None:
     assert over_seeds["metrics"]["pretrain"]["train/loss"]["n"] == 2
 
 
-@pytest.mark.slow
 def test_a_pipeline_is_swept_whole(ground: Path) -> None:
     chats = "".join(json.dumps({"prompt": f"q {i}", "completion": f"a {i}"}) + "\n" for i in range(8))
     (ground / "chats.jsonl").write_text(chats)
