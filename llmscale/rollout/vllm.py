@@ -59,6 +59,7 @@ class VLLMRollout:
         context."""
         self.config, self.tokenizer, self.seed, self.stop_ids = config, tokenizer, seed, list(stop_ids)
         self.model = model
+        _check_vocabulary(model, self.stop_ids)
         self.max_seq_len = max_seq_len or context_length(model)
         self.version = 0  # of the weights held; 0 are those that it was built with
         self.llm = _engine(config, model, self.max_seq_len)
@@ -134,9 +135,8 @@ def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int) -
     else:
         build = {"gpu_memory_utilization": config.gpu_memory_share}
     if model.adapter is not None:
-        ranks = get_args(MaxLoRARanks)
-        rank = next((r for r in ranks if r >= model.adapter.peft_config.r), max(ranks))
-        build |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= model.adapter.peft_config.r]
+        build |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(ranks, default=model.adapter.peft_config.r)}
     try:
         llm = LLM(
             model=model.hf.name_or_path,
@@ -156,6 +156,14 @@ def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int) -
     if current_platform.is_cpu():
         _check_heads(llm.llm_engine.model_config.get_head_size())
     return llm
+
+
+def _check_vocabulary(model: LanguageModel, stop_ids: Sequence[int]) -> None:
+    """Raises: ModelError where vLLM would fail at the first sample: it knows no token that the model cannot say."""
+    size = model.hf.config.get_text_config().vocab_size
+    if unknown := [i for i in stop_ids if i >= size]:
+        what = f"the tokenizer ends a turn with token {unknown[0]}, and the model has {size}"
+        raise ModelError(what, where="model.path", fix="Name a model with a tokenizer of its own.")
 
 
 def _check_heads(size: int) -> None:
