@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast
 from llmscale.compose import EXPERIMENT, choices, comments, compose, compose_unchecked, defaults, nearest
 from llmscale.config import STAGE, groups, import_plugins, leaves, options, to_dict, to_yaml
 from llmscale.errors import LlmscaleError, Requeue, UsageError
-from llmscale.stages.config import RunConfig, StageConfig  # importing it registers every option
+from llmscale.stages.config import RunConfig, StageConfig
 from llmscale.training.stop import signals
 
 SUMMARY = {

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 import llmscale.data.config
 import llmscale.data.tokenizer
 import llmscale.models.config
-import llmscale.stages.config
+import llmscale.stages
 from llmscale.compose import choices, comments, compose, known_paths, nearest
 from llmscale.config import STAGE, build, difference, from_dict, load, option, options, to_dict, to_yaml
 from llmscale.engine.config import OWNED, DeepSpeedConfig, Precision

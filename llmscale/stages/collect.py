@@ -28,8 +28,9 @@ from llmscale.errors import Requeue, RunError
 from llmscale.models.loading import load_tokenizer, saved_context_length
 from llmscale.protocols import SamplingRequest, Score
 from llmscale.rl.admission import admitted, check_finite, check_some_left, unscored
+from llmscale.stages.answering_config import CollectConfig
 from llmscale.stages.collected import write_collected
-from llmscale.stages.config import CollectConfig, check_context
+from llmscale.stages.config import check_context
 from llmscale.stages.rlhf_run import check_columns, sample_record
 from llmscale.stages.roles import RewardRole, RolloutRole, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers

@@ -18,7 +18,7 @@ from llmscale.batch import Prompt
 from llmscale.checkpoint.durable import atomic_write_lines
 from llmscale.data.preferences import MAX_COMPLETIONS, MIN_COMPLETIONS
 from llmscale.rl.selection import best_of_k, first_of_each, kl_bound, ranks_of, score_at_fraction, spread_out
-from llmscale.stages.config import CollectConfig, MethodConfig, RejectionConfig
+from llmscale.stages.answering_config import CollectConfig, MethodConfig, RejectionConfig
 from llmscale.tracking.jsonl import SAMPLES, iter_jsonl
 
 Sample = Mapping[str, Any]  # a line of samples.jsonl

@@ -17,7 +17,7 @@ from llmscale.errors import ConfigError, RunError
 from llmscale.rollout.config import ReplayConfig
 from llmscale.rollout.recording import COMPLETIONS
 from llmscale.rollout.replay import Replay
-from llmscale.stages.config import RlhfConfig
+from llmscale.stages.rlhf_config import RlhfConfig
 
 # What decides how a sample comes about, besides the weights and the prompts.
 SAMPLED_BY = ("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.max_new_tokens", "environment")

@@ -45,7 +45,7 @@ from llmscale.rl.experience import (
 from llmscale.rl.kl import AdaptiveCoefficient
 from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
-from llmscale.stages.config import OnNonfinite, RlhfConfig
+from llmscale.stages.rlhf_config import OnNonfinite, RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
 
 Metrics = dict[str, float]

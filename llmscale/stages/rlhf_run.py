@@ -27,9 +27,11 @@ from llmscale.rl.experience import Scored
 from llmscale.rl.overoptimisation import overoptimisation
 from llmscale.rollout.recording import COMPLETIONS, to_record
 from llmscale.rollout.replay import Replay
-from llmscale.stages.config import RlhfConfig, RolloutStageConfig, SamplingConfig, check_context, rewards_of
+from llmscale.stages.answering_config import RolloutStageConfig, SamplingConfig
+from llmscale.stages.config import check_context
 from llmscale.stages.replayed import open_replay
 from llmscale.stages.rlhf import Metrics, Rlhf
+from llmscale.stages.rlhf_config import RlhfConfig, rewards_of
 from llmscale.stages.roles import CriticRole, PolicyRole, observation_renderer, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers
 from llmscale.tracking.jsonl import METRICS, RecordFile, last_metrics, read_jsonl

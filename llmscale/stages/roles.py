@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
 from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
@@ -42,16 +41,10 @@ from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
 from llmscale.rollout.beam import BeamSearch
 from llmscale.rollout.config import EnvironmentConfig, HFRolloutConfig, VLLMRolloutConfig
 from llmscale.rollout.turns import Render, Turns
-from llmscale.stages.config import (
-    BeamConfig,
-    CollectConfig,
-    Publish,
-    RlhfConfig,
-    RolloutStageConfig,
-    SamplingConfig,
-    StageConfig,
-)
+from llmscale.stages.answering_config import BeamConfig, CollectConfig, RolloutStageConfig, SamplingConfig
+from llmscale.stages.config import StageConfig
 from llmscale.stages.leaving import write_model
+from llmscale.stages.rlhf_config import Publish, RlhfConfig
 
 
 def new_algorithm(config: RlhfConfig) -> Algorithm:

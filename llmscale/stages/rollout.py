@@ -27,7 +27,8 @@ from llmscale.models.loading import load_tokenizer, saved_context_length, weight
 from llmscale.protocols import SamplingRequest, Score, Tracker
 from llmscale.rl.admission import check_finite, means_of_parts
 from llmscale.rollout.recording import COMPLETIONS, to_record
-from llmscale.stages.config import RolloutStageConfig, check_context
+from llmscale.stages.answering_config import RolloutStageConfig
+from llmscale.stages.config import check_context
 from llmscale.stages.rlhf_run import check_columns, room_for_completions
 from llmscale.stages.roles import RewardRole, RolloutRole, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers

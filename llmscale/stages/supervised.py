@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
 from llmscale.batch import Batch
 from llmscale.checkpoint.background import AsyncSaver, Saved

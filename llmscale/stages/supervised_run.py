@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import llmscale.stages.config  # noqa: F401  registers every option before a config is read
 from llmscale import distributed
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, wait_for_writer
 from llmscale.cluster.pool import opened_pools

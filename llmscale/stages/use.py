@@ -14,7 +14,7 @@ from llmscale.data.chat import ChatRenderer, Message, encode
 from llmscale.errors import DataError
 from llmscale.models.loading import context_length, load_language_model, load_tokenizer
 from llmscale.protocols import SamplingRequest
-from llmscale.stages.config import ChatConfig, GenerateConfig, UseConfig
+from llmscale.stages.answering_config import ChatConfig, GenerateConfig, UseConfig
 
 
 class Speaker:

@@ -32,7 +32,7 @@ from llmscale.data.loader import micro_batches
 from llmscale.data.splits import load_prompts
 from llmscale.models.loading import load_language_model, load_tokenizer
 from llmscale.protocols import SamplingRequest
-from llmscale.stages.config import RlhfConfig
+from llmscale.stages.rlhf_config import RlhfConfig
 
 MODELS = {"SFT": "sft", "SFT continued": "continued/sft", "RLHF": "rlhf"}  # name -> run directory within a seed's
 PLACE = ["cluster=local", "engine=single", "tracking.wandb=disabled"]

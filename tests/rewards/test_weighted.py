@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import llmscale.stages.config  # noqa: F401  registers every stage
+import llmscale.stages  # noqa: F401  registers every stage
 from llmscale.compose import compose
 from llmscale.config import check, load, to_yaml
 from llmscale.errors import ConfigError

@@ -20,7 +20,7 @@ ALGORITHMS = choices("algorithm")
 @cache
 def setting(name: str, *overrides: str) -> PolicyGradientConfig:
     """What `algorithm=<name>` composes to."""
-    import llmscale.stages.config  # noqa: F401  registers every option
+    import llmscale.stages  # noqa: F401  registers every option
 
     needed = ["data.train=x", "model.path=x", "reward=answer", "rollout.group_size=4", "training.prompts_per_step=64"]
     config: PolicyGradientConfig = compose("rlhf", [*needed, f"algorithm={name}", *overrides]).algorithm

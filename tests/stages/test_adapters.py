@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import llmscale.stages.config  # noqa: F401  registers what a config can name
+import llmscale.stages  # noqa: F401  registers what a config can name
 from llmscale.config import build, load, to_yaml
 from llmscale.data.chat import ChatRenderer
 from llmscale.models.loading import load_language_model, load_tokenizer
 from llmscale.protocols import SamplingRequest
-from llmscale.stages.config import Publish
+from llmscale.stages.rlhf_config import Publish
 from llmscale.stages.roles import PolicyRole, ReferenceRole, RolloutRole
 from tests.stages.runs import arguments, kill_when, records, run, succeed, weights, without_times
 from tests.tiny import prompt

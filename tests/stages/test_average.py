@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import llmscale.stages.config  # noqa: F401  registers what a config can name
+import llmscale.stages  # noqa: F401  registers what a config can name
 from llmscale.config import build, load
 from llmscale.data.splits import load_rankings
 from llmscale.models.export import save_hf

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import llmscale.stages.config  # noqa: F401  registers every option
+import llmscale.stages  # noqa: F401  registers every option
 from llmscale.compose import compose
 from llmscale.errors import ConfigError
 from tests.stages.runs import arguments, kill_when, records, run, succeed, weights, without_times

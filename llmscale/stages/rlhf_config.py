@@ -1,0 +1,192 @@
+"""The root config of rlhf, and what every stage that samples has to ask of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from llmscale.config import STAGE, Problem, at_least, option
+from llmscale.engine.config import Precision
+from llmscale.optim.config import OptimConfig
+from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
+from llmscale.rl.config import AlgorithmConfig
+from llmscale.rollout.config import EnvironmentConfig, ReplayConfig, RolloutConfig, VLLMRolloutConfig
+from llmscale.stages.config import TrainedConfig, unfit_optimizer
+
+if TYPE_CHECKING:
+    from llmscale.stages.answering_config import AnsweringConfig
+
+
+@dataclass
+class RlhfTrainingConfig:
+    """How long an RLHF run is. prompts_per_step x group_size sequences are sampled at each step."""
+
+    num_steps: int = 50  # of: sample, score, update, publish
+    prompts_per_step: int = 64
+    eval_every_steps: int = 25  # scores on held-out prompts, where there are any; also at the start and the end
+    save_every_steps: int = 25
+    keep_checkpoints: int = 2
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(
+            self, num_steps=1, prompts_per_step=1, eval_every_steps=1, save_every_steps=1, keep_checkpoints=1
+        )
+
+
+@dataclass
+class CriticConfig:
+    path: str | None = None  # what it starts from; None: the learned reward model, else the policy's model
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+class Publish(Enum):
+    """What the rollout workers get after an update."""
+
+    merged = "merged"  # every weight, an adapter merged into its base
+    adapter = "adapter"  # the adapter alone; they hold the base themselves
+
+
+class OnNonfinite(Enum):
+    """What happens to a sample whose reward is NaN or infinite."""
+
+    stop = "stop"  # end the run, naming draw and sample
+    drop = "drop"  # leave it out of the step; counted and recorded, like one that could not be scored
+
+
+@option(STAGE, "rlhf", builds="llmscale.stages.rlhf_run:run")
+@dataclass
+class RlhfConfig(TrainedConfig):
+    """`model` is the policy's start and the reference; `optim` is the policy's."""
+
+    stage: str = "rlhf"
+    algorithm: AlgorithmConfig = MISSING
+    reward: RewardConfig = MISSING
+    on_nonfinite: OnNonfinite = OnNonfinite.stop  # a sample whose reward is NaN or infinite
+    true_reward: RewardConfig | None = None  # only logged, as reward/true: what the reward stands for, where known
+    rollout: RolloutConfig = MISSING
+    # To the rollouts: merged, or adapter: less to send, no small change rounded away in bf16, but slower sampling
+    publish: Publish = Publish.merged
+    environment: EnvironmentConfig | None = None  # what answers the policy between its turns; None: it has one turn
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
+    record: bool = False  # all that is sampled, in completions.jsonl: rollout=replay trains from it without an engine
+
+    @property
+    def replays(self) -> bool:
+        """Whether samples come from another run."""
+        return isinstance(self.rollout, ReplayConfig)
+
+    @property
+    def max_logprob_diff(self) -> float:
+        """Bound on |rollout - trainer log-probability|; two bf16 forwards of one model differ by up to 0.16 on random
+        weights, and one token of thousands by more."""
+        default = 1e-4 if self.engine.precision is Precision.fp32 else 0.5
+        return default if self.rollout.max_logprob_diff is None else self.rollout.max_logprob_diff
+
+    @property
+    def roles(self) -> list[str]:
+        """The pools that this run needs."""
+        critic = ["critic"] if self.algorithm.needs_critic else []
+        reference = ["reference"] if self.algorithm.needs_reference and not self.reference_is_base else []
+        rollout = ["rollout"] if not self.replays else []
+        return ["policy", *critic, *reference, "reward", *rollout]
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the policy's workers answer for the reference too: without its adapter the policy is what it started as."""
+        return self.algorithm.needs_reference and self.model.adapter is not None
+
+    @property
+    def scores_by_policy(self) -> bool:
+        """Whether the policy says what it thinks of each token before the update. A step of a single update asks only once,
+        in the update itself, unless the algorithm needs to know before."""
+        algorithm, sequences = self.algorithm, self.training.prompts_per_step * self.group_size
+        updates = algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
+        return updates > 1 or algorithm.needs_old_logprobs
+
+    @property
+    def group_size(self) -> int:
+        """Completions of a prompt."""
+        return self.rollout.group_size or (8 if self.algorithm.needs_groups else 1)
+
+    @property
+    def max_completion_tokens(self) -> int:
+        """That the policy can write in one sample."""
+        return completion_tokens(self.rollout, self.environment)
+
+    @property
+    def critic_path(self) -> str:
+        """InstructGPT starts the critic from the reward model; of several, the first."""
+        parts = (part for _, part in flattened(self.reward, "reward"))
+        learned = next((part.path for part in parts if isinstance(part, LearnedConfig)), None)
+        return self.critic.path or learned or str(self.model.path)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from unfit_optimizer(self.engine, self.critic.optim, "critic.optim")
+        if self.publish is Publish.adapter and self.model.adapter is None:
+            yield "publish", "there is no adapter to publish", "Add model.adapter=lora, or leave it at merged."
+        if self.engine.data_shard(1, 2) != (1, 2):
+            what = "rlhf gives each rank sequences of its own"
+            yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
+        yield from sampling_problems(self)
+        if self.record and self.replays:
+            yield "record", "there is nothing new to record in what is replayed", "Leave it out."
+        if self.rollout.temperature == 0:
+            yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
+        if self.rollout.truncates:
+            what = "what is left after top_k or top_p is not the policy whose log-probabilities are trained"
+            yield "rollout", what, "Leave both out; a temperature is accounted for."
+        if self.algorithm.needs_groups and self.group_size < 2:
+            what = "this algorithm compares the samples of a prompt with each other, and there is one of each"
+            yield "rollout.group_size", what, "Set it to 4 or more."
+        if self.algorithm.global_batch_size > self.training.prompts_per_step * self.group_size:
+            made = f"{self.training.prompts_per_step} x {self.group_size}"
+            what = f"{self.algorithm.global_batch_size} sequences an update, but a step samples {made}"
+            yield "algorithm.global_batch_size", what, "Lower it, or raise training.prompts_per_step."
+        if self.engine.name == "single":
+            for role in {"policy", "critic"}.intersection(self.roles):
+                if getattr(self.cluster, role).num_workers > 1:
+                    what = "several workers cannot share engine=single"
+                    yield f"cluster.{role}.num_workers", what, "Add engine=deepspeed."
+
+
+def completion_tokens(rollout: RolloutConfig, environment: EnvironmentConfig | None) -> int:
+    return rollout.max_new_tokens * (environment.max_turns if environment is not None else 1)
+
+
+def sampling_problems(config: RlhfConfig | AnsweringConfig) -> Iterator[Problem]:
+    """What has to be there to sample completions of prompts."""
+    if config.model.path is None:
+        what = f"{config.stage} starts from a model"
+        yield "model.path", what, "Name the run directory of an SFT run, or a folder."
+    if config.rollout.max_new_tokens >= config.data.max_seq_len:
+        what = f"{config.rollout.max_new_tokens} leaves no room for a prompt in {config.data.max_seq_len} tokens"
+        yield "rollout.max_new_tokens", what, "Lower it, or raise data.max_seq_len."
+    if isinstance(config.rollout, VLLMRolloutConfig) and config.cluster.one_process:
+        what = "vLLM takes over the process that it runs in: its threads, seeds and memory"
+        yield "rollout", what, "Add cluster=ray, or cluster=laptop for two cores: each worker is a process then."
+    if isinstance(config.rollout, ReplayConfig) and not isinstance(config, RlhfConfig):
+        yield "rollout", "only rlhf can do without an engine", "Choose rollout=hf."
+    environment: EnvironmentConfig | None = getattr(config, "environment", None)
+    if environment is None:
+        for where, part in rewards_of(config):
+            if isinstance(part, EnvironmentRewardConfig):
+                what = "there is no environment that could give it"
+                yield where, what, "Choose one, in rlhf or rollout: environment=calculator."
+    elif completion_tokens(config.rollout, environment) >= config.data.max_seq_len:
+        what = f"{environment.max_turns} turns of {config.rollout.max_new_tokens} tokens leave no room for a prompt "
+        what += f"in {config.data.max_seq_len}"
+        yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
+
+
+def rewards_of(config: RlhfConfig | AnsweringConfig) -> Iterator[tuple[str, RewardConfig]]:
+    """(dotted path, config) of every reward that is asked, the parts of sums one by one."""
+    for where in ("reward", "true_reward"):
+        reward: RewardConfig | None = getattr(config, where, None)
+        if reward is not None:
+            yield from flattened(reward, where)
