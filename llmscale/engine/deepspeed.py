@@ -15,8 +15,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -52,6 +54,10 @@ from llmscale.phases import phase
 from llmscale.protocols import Accept, Digests, Objective
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
+# Each of its engines imports its Muon, which none here uses, and whose @torch.compile has all of torch's compiler loaded: in
+# every rank a second and 42 MiB.
+with patch.object(torch, "compile", lambda function: function):
+    import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 class DeepSpeedEngine(FrozenEngine):

@@ -85,6 +85,17 @@ def test_runs_of_one_process_share_no_memory(one_process: Path):
         os.environ.update(environment)
 
 
+def test_an_engine_does_not_load_torchs_compiler(tmp_path: Path):
+    """It takes 42 MiB and a second of every rank."""
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from tests.engine import conftest, scenarios
+        engine = scenarios.Bench(conftest.zero_config(2), Path({str(tmp_path)!r})).engine()
+        assert "torch._inductor.compile_fx" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], timeout=100, check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_parameters"])
 def test_swapping_to_nvme_is_refused_with_the_reason(name: str):
     with pytest.raises(ConfigError, match="no checkpoint of ours") as caught:
