@@ -18,7 +18,7 @@ demo: install
 test-slow: ONLY := -m 'slow and not gpu and not bench'
 test test-slow: install
 	-$(MAKE) vllm
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ONLY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ONLY)
 
 lint: install
 	$(BIN)/ruff check .

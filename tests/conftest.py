@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MARKER = f"LLMSCALE_TEST_SESSION={uuid.uuid4().hex}"  # every process that the tests start inherits it
 PRIVATE_HOME = Path(tempfile.mkdtemp(prefix="llmscale-home-"))
+# Tests that compare what a fixture makes once a worker, which takes minutes.
+TOGETHER = [("tests/engine/",), ("tests/stages/test_lost_workers.py", "tests/stages/test_ranks_stopped.py")]
 
 
 def _private_environment() -> None:
@@ -88,16 +90,21 @@ def _left_behind() -> dict[int, str]:
     return found
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several workers: a file goes to one of them, all those of the engines to the same, for what they compare is made
-    once a worker. What takes longest comes first, so that no worker is left with it at the end."""
-    for item in items:
-        if item.get_closest_marker("xdist_group"):
-            continue
-        group = "engine" if item.path.parent == ROOT / "tests" / "engine" else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
+    """What takes longest comes first, so that one of two workers is not left with it at the end."""
     items.sort(key=lambda item: item.path.parent.name != "engine" and item.path.name != "test_readme.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives a file to one worker, and those that are TOGETHER to the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((names[0] for names in TOGETHER if nodeid.startswith(names)), super()._split_scope(nodeid))
+
+    return Together(config, log)  # xdist's own marker for it, xdist_group, does nothing with pytest 9
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

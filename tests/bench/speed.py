@@ -40,9 +40,7 @@ BARE, DDP, TRL = "bare loop", "bare loop, DDP", "TRL as it comes"
 GENERATE = "transformers' generate"
 SINGLE, ZERO = "ours, single", "ours, ZeRO-2"
 TRL_PLAIN, BEST_TRL = "TRL without activation checkpointing", "the best of TRL"
-TRL_WITH_PPO = Path(
-    "/tmp/scratch/grpobench/trl112"
-)  # the last release that has a PPOTrainer; `make bench` puts it there
+TRL_WITH_PPO = ROOT / ".venv" / "trl-1.12"  # the last release that has a PPOTrainer; `make bench` puts it there
 FP32, BF16 = "engine.precision=fp32", "engine.precision=bf16"
 RULE = ("reward=function", f"reward.path={ROOT}/tests/bench/rlhf_contenders.py:vowels")
 BIGGER = "model.path={folder}/lm30"  # `turns` knows the folder

@@ -19,7 +19,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of two ranks to which nothing happened. Its tests are of one xdist_group, which makes it once."""
+    """The run directory of two ranks to which nothing happened. Its tests are TOGETHER in tests/conftest.py."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ranks = Ranks(ranks_arguments(chain, folder), folder)
     assert ranks.wait() == [0, 0], ranks.said()

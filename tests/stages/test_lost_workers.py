@@ -18,8 +18,6 @@ from tests.stages.ranks import ranks_arguments
 from tests.stages.runs import DEADLINE_S, num_lines, records, weights, without_times
 from tests.stages.test_on_ray import TWO_RANKS, command
 
-pytestmark = pytest.mark.xdist_group("undisturbed")
-
 
 def on_ray(chain: Path, folder: Path, *more: str) -> list[str]:
     return [a for a in ranks_arguments(chain, folder, *TWO_RANKS, *more) if a != "cluster=local"]

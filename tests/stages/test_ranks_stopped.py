@@ -7,12 +7,8 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.stages.ranks import Ranks, ranks_arguments
 from tests.stages.runs import DEADLINE_S, num_lines, records, weights, without_times
-
-pytestmark = pytest.mark.xdist_group("undisturbed")
 
 
 def test_all_ranks_stop_at_the_step_that_one_was_told(chain: Path, undisturbed: Path, tmp_path: Path) -> None:
