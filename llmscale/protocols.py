@@ -138,17 +138,20 @@ class SamplingRequest:
     draw_id: int
     sample_index: int
     turn: int = 0  # of the policy's in this sample; the prompt then ends with the observation that it answers
+    weights: int | None = None  # the version to sample with; None: whichever the engine holds
 
 
 class RolloutEngine(Protocol):
     """Token ids in; token ids and the sampled tokens' log-probabilities out."""
 
-    def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]: ...
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        """Raises: WeightMismatchError when it holds other weights than those that a request is for."""
+        ...
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
-        """Take new weights.
+        """Take new weights, all of them or, where any is damaged, none.
 
-        Raises: WeightMismatchError when what is held afterwards is not what was published.
+        Raises: WeightMismatchError when what arrived, or what is held afterwards, is not what was published.
         """
         ...
 

@@ -33,17 +33,18 @@ def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
 
 
 def load_buckets(model: nn.Module, buckets: Sequence[WeightBucket], source: str) -> None:
-    """Copy published weights into `model`, then check that it holds exactly what was published: all of its own, or those of
-    its adapter alone.
+    """Copy published weights into `model`, all of its own or those of its adapter alone, and check that what arrived and what
+    it then holds is exactly what was published.
 
     Raises: WeightMismatchError naming `source` when a weight is missing or unknown, or its shape or bits differ.
     """
     parameters = published_parameters(model)
     check_names(parameters, buckets, source)
-    for bucket in buckets:
+    arrived = [unpack(bucket, source) for bucket in buckets]  # all are checked before any is used
+    for bucket, weights in zip(buckets, arrived, strict=True):
         with torch.no_grad():
-            for name, array in bucket.arrays.items():
-                parameters[name].copy_(_restore(array, bucket.dtypes[name]))
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
         _check_bits({name: parameters[name].detach() for name in bucket.arrays}, bucket, source)
 
 
@@ -65,7 +66,7 @@ def check_names(parameters: Mapping[str, Tensor], buckets: Sequence[WeightBucket
 
 
 def unpack(bucket: WeightBucket, source: str) -> dict[str, Tensor]:
-    """The weights of a bucket, on the CPU. Raises: WeightMismatchError when they are not those that were published."""
+    """The weights of a bucket, where they lie. Raises: WeightMismatchError when they are not those that were published."""
     weights = {name: _restore(array, bucket.dtypes[name]) for name, array in bucket.arrays.items()}
     _check_bits(weights, bucket, source)
     return weights

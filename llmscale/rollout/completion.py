@@ -1,4 +1,4 @@
-"""What engines share, however they sample: prompts that leave room, newer weights, completions as trajectories."""
+"""What engines share, however they sample: prompts that leave room, the right weights, completions as trajectories."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def check_room(requests: Sequence[SamplingRequest], max_new_tokens: int, context
             where="rollout.max_new_tokens",
             fix="Lower it, or shorten the prompt.",
         )
+
+
+def check_weights(requests: Sequence[SamplingRequest], held: int) -> None:
+    """Raises: WeightMismatchError when a request is for other weights than those held: an update was missed."""
+    for request in requests:
+        if request.weights not in (None, held):
+            raise WeightMismatchError(
+                f"samples of weights {request.weights} are asked for where {held} are held",
+                fix="An update did not get here. Nothing was sampled; the same command resumes.",
+            )
 
 
 def check_newer(version: int, held: int) -> None:

@@ -21,7 +21,7 @@ from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import load_buckets
 from llmscale.protocols import SamplingRequest, WeightBucket
 from llmscale.rollout.cache import attend_by_products
-from llmscale.rollout.completion import as_trajectory, check_newer, check_room
+from llmscale.rollout.completion import as_trajectory, check_newer, check_room, check_weights
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.decoding import RunningBatch, closed_up
 from llmscale.rollout.sampling import sample
@@ -45,6 +45,7 @@ class HFRollout:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        check_weights(requests, self.version)
         numbers: dict[bytes, int] = {}  # prompts in the order in which they appear
         prompt_of = np.array([numbers.setdefault(r.prompt.token_ids.tobytes(), len(numbers)) for r in requests])
         _, first = np.unique(prompt_of, return_index=True)
@@ -74,7 +75,7 @@ class HFRollout:
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         check_newer(version, self.version)
-        load_buckets(self.model, list(buckets), source=f"weights {version}")
+        load_buckets(self.model, buckets, source=f"weights {version}")
         self.version = version
 
     def _left_padded(self, requests: Sequence[SamplingRequest]) -> dict[str, Tensor]:

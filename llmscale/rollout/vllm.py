@@ -13,7 +13,7 @@ process of its own, and vLLM is imported only when an engine is built. All that 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -29,7 +29,7 @@ from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import check_names, published_parameters, unpack
 from llmscale.protocols import SamplingRequest, WeightBucket
 from llmscale.randomness import random_words
-from llmscale.rollout.completion import as_trajectory, check_newer, check_room
+from llmscale.rollout.completion import as_trajectory, check_newer, check_room, check_weights
 from llmscale.rollout.config import VLLMRolloutConfig
 
 CPU_PAGE = 32  # tokens; a prompt is shared by whole pages, and vLLM's own 128 are more than many prompts have
@@ -66,6 +66,7 @@ class VLLMRollout:
         self.adapter: Any = None  # the one to sample with; a new one would change nothing
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        check_weights(requests, self.version)
         check_room(requests, self.config.max_new_tokens, self.max_seq_len)
         prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
         settings = [self._settings(r) for r in requests]
@@ -79,11 +80,10 @@ class VLLMRollout:
         return trajectories
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
-        """As in the protocol; an engine that has refused weights is of no further use."""
         check_newer(version, self.version)
         source = f"weights {version}"
         check_names(published_parameters(self.model), buckets, source)
-        weights = (unpack(bucket, source) for bucket in buckets)  # one at a time, each checked before any of it is used
+        weights = [unpack(bucket, source) for bucket in buckets]  # all are checked before any is used
         if self.model.adapter is not None:
             self._take_adapter(version, weights)
         else:
@@ -93,7 +93,7 @@ class VLLMRollout:
         self.llm.reset_prefix_cache()  # of keys and values that the old weights made
         self.version = version
 
-    def _take_adapter(self, version: int, weights: Iterator[dict[str, Tensor]]) -> None:
+    def _take_adapter(self, version: int, weights: Sequence[dict[str, Tensor]]) -> None:
         """vLLM reads adapters from files alone; there is room for one, so the old one goes."""
         from vllm.lora.request import LoRARequest
 

@@ -74,6 +74,7 @@ class Rlhf:
         )
         self.step = 0
         self.num_draws = 0  # prompts drawn so far; a draw's number is its id
+        self.weights = 0  # the version that rollout workers hold; 0 are those that they started with
         self.timings: Metrics = {}
 
     def iterate(self) -> tuple[Metrics, list[Scored]]:
@@ -128,7 +129,10 @@ class Rlhf:
         self.num_draws += num_prompts
         pairs = zip(draws.tolist(), self.order.at(draws).tolist(), strict=True)
         group = range(self.config.group_size)
-        return [SamplingRequest(self.prompts.train[i], draw_id, k) for draw_id, i in pairs for k in group]
+        weights = self.weights
+        return [
+            SamplingRequest(self.prompts.train[i], draw_id, k, weights=weights) for draw_id, i in pairs for k in group
+        ]
 
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         if self.replay is not None:
@@ -210,7 +214,8 @@ class Rlhf:
         if self.replay is not None:
             return
         handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
-        self.pools["rollout"].call(RolloutRole.load_weights, self.versions.next(), handles).wait()
+        self.weights = self.versions.next()
+        self.pools["rollout"].call(RolloutRole.load_weights, self.weights, handles).wait()
 
     def evaluate(self) -> Metrics:
         """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on
@@ -218,7 +223,8 @@ class Rlhf:
         if not self.prompts.validation or self.replay is not None:
             return {}
         with self.timed("evaluate"):
-            trajectories = self.sample([SamplingRequest(p, -1 - i, 0) for i, p in enumerate(self.prompts.validation)])
+            held_out = enumerate(self.prompts.validation)
+            trajectories = self.sample([SamplingRequest(p, -1 - i, 0, weights=self.weights) for i, p in held_out])
             units = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories)).wait()
         scores, true = self.rewards(trajectories, units, self.step)
         kept = admitted(trajectories, scores, whole_draws=False)

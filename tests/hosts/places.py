@@ -19,7 +19,7 @@ class Worker:
 
 
 if __name__ == "__main__":
-    spread = PoolConfig(num_workers=4, num_cpus=0.5, placement=Placement.spread)
+    spread = PoolConfig(num_workers=6, num_cpus=0.5, placement=Placement.spread)
     cluster = ClusterConfig(backend=Backend.ray, address="auto", trainer=spread)
     with opened_pools(cluster, {"trainer": Worker}, Path("places")) as pools:
         print(json.dumps(pools["trainer"].call(Worker.place).wait()))

@@ -277,13 +277,28 @@ def test_versions_only_grow(make):
             engine.load_weights(version, published(language_model(seed=2)))
 
 
+def test_a_missed_update_is_found_before_anything_is_sampled(make):
+    engine = make(language_model(), max_new_tokens=4)
+    assert len(engine.generate([replace(r, weights=0) for r in requests()])) == len(requests())
+    engine.load_weights(2, published(language_model(seed=1)))
+    for missed in (1, 3):
+        with pytest.raises(WeightMismatchError, match=f"weights {missed} are asked for where 2 are held"):
+            engine.generate([*requests(), replace(requests()[0], weights=missed)])
+    assert len(engine.generate([replace(r, weights=2) for r in requests()])) == len(requests())
+
+
 def test_a_damaged_bucket_is_refused(make):
     engine = make(language_model(), max_new_tokens=4)
+    before = engine.generate(requests())
     buckets = published(language_model(seed=1))
     buckets[1].arrays["hf.model.norm.weight"].view(np.uint32)[3] ^= 1
     with pytest.raises(WeightMismatchError, match="not those published") as caught:
         engine.load_weights(1, buckets)
     assert "weights 1" in str(caught.value.where)
+    after = engine.generate([replace(r, weights=0) for r in requests()])  # nothing of them was taken
+    assert tokens(after) == tokens(before)
+    for a, b in zip(after, before, strict=True):
+        np.testing.assert_array_equal(a.rollout_logprobs, b.rollout_logprobs)
 
 
 def test_vllm_says_what_it_cannot_do(vllm):
