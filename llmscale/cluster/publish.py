@@ -20,7 +20,8 @@ BUCKET_BYTES = 256 << 20  # of gathered weights held at once
 
 def send(buckets: Iterable[Mapping[str, Tensor]], dtype: torch.dtype) -> list[Any]:
     """Put each gathered bucket where receivers find it; returns handles (none on ranks that receive nothing)."""
-    return [_put(pack(bucket, dtype)) for bucket in buckets if bucket]
+    in_store = _in_ray()  # which copies what is put there
+    return [_put(pack(bucket, dtype, copy=not in_store)) for bucket in buckets if bucket]
 
 
 def receive(handles: list[Any]) -> list[WeightBucket]:

@@ -23,9 +23,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def pack(weights: Mapping[str, Tensor], dtype: torch.dtype) -> WeightBucket:
-    """A snapshot in the precision in which it will be used. numpy has no bf16: those bits travel as uint16."""
-    cast = {name: value.to("cpu", dtype, copy=True).contiguous() for name, value in weights.items()}
+def pack(weights: Mapping[str, Tensor], dtype: torch.dtype, copy: bool = True) -> WeightBucket:
+    """The weights in the precision in which they will be used, a snapshot unless `copy` is False. numpy has no bf16: those bits
+    travel as uint16."""
+    cast = {name: value.detach().to("cpu", dtype, copy=copy).contiguous() for name, value in weights.items()}
     arrays = {name: _bits(value).numpy() for name, value in cast.items()}
     return WeightBucket(
         arrays, {name: str(v.dtype).removeprefix("torch.") for name, v in cast.items()}, fingerprint(cast)
