@@ -27,8 +27,14 @@ NOT_HERE = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some 
 WIDE_KEYS = 512
 
 
+# Documents of few tokens are attended to together, under a mask: a call for each would cost more than it saves.
+TOGETHER_TOKENS = 64
+
+
 @dataclass(frozen=True)
 class Run:
+    """What one call attends to: a branch, a document, or several short ones in a row."""
+
     length: int  # Q
     document: int | None = None  # for a branch: the number of the run that it goes on from
     seen: int = 0  # how many tokens of that
@@ -36,20 +42,36 @@ class Run:
 
 
 def runs_of(positions: Tensor) -> list[Run]:
-    """The runs of one row; positions: [T]."""
+    """What one row holds; positions: [T]."""
     starts = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist()]
-    firsts = positions[starts].tolist()
+    seen = [0, *positions[starts[1:]].tolist()]  # how many tokens of a document each goes on from; 0: it is one itself
+    is_trunk = [*(n > 0 for n in seen[1:]), False]
     runs: list[Run] = []
-    document = 0
+    first = document = 0  # where the last run begins; the number of the last that is no branch
     for number, (start, stop) in enumerate(pairwise([*starts, len(positions)])):
-        length, seen = stop - start, firsts[number]
-        if number and seen:
-            mask = torch.ones(length, seen + length, dtype=torch.bool, device=positions.device).tril(seen)
-            runs.append(Run(length, document, seen, mask))
+        if seen[number]:
+            runs.append(
+                Run(stop - start, document, seen[number], _of_branch(stop - start, seen[number], positions.device))
+            )
+        elif runs and runs[-1].document is None and stop - first <= TOGETHER_TOKENS and not is_trunk[number]:
+            runs[-1] = Run(stop - first, mask=_of_several(positions[first:stop]))
+            continue
         else:
-            document = number
-            runs.append(Run(length))
+            document = len(runs)
+            runs.append(Run(stop - start))
+        first = start
     return runs
+
+
+def _of_branch(length: int, seen: int, device: torch.device) -> Tensor:
+    """[Q, K]: all that was before, and its own tokens up to each."""
+    return torch.ones(length, seen + length, dtype=torch.bool, device=device).tril(seen)
+
+
+def _of_several(positions: Tensor) -> Tensor:
+    """[Q, Q]: the tokens of the same document up to each."""
+    document = (positions == 0).cumsum(0)
+    return (document[:, None] == document).tril()
 
 
 class ByDocument:
@@ -63,11 +85,12 @@ class ByDocument:
     ) -> tuple[Tensor, None]:
         """query: [B, H, T, D] -> [B, T, H, D]. Raises: ModelError where an architecture wants another attention."""
         positions = settings.pop("position_ids", None)
-        if positions is None or key.shape[2] != query.shape[2] or any(settings.get(n) is not None for n in NOT_HERE):
+        unusual = not getattr(module, "is_causal", True) or any(settings.get(n) is not None for n in NOT_HERE)
+        if positions is None or key.shape[2] != query.shape[2] or unusual:
             what = f"attention by document is not made for a {type(module).__name__}"
             raise ModelError(what, where="engine.attention", fix="Leave it at auto.")
         rows = self._runs(positions)
-        if all(len(runs) == 1 for runs in rows):
+        if all(len(runs) == 1 and runs[0].mask is None for runs in rows):
             return _attend(module, query, key, value, None, **settings), None
         whole = zip(rows, query.split(1), key.split(1), value.split(1), strict=True)
         return torch.cat([_row(module, *row, **settings) for row in whole]), None

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MistralC
 
 from llmscale.batch import Branch, Layout, Rows
 from llmscale.errors import ModelError
+from llmscale.models import attention
 from llmscale.models.attention import DOCUMENTS, attend_by_document, runs_of
 from llmscale.models.loading import LanguageModel
 from tests.tiny import VOCAB_SIZE, language_model, scalar_model
@@ -94,6 +95,22 @@ def test_runs_begin_where_positions_do_not_count_on():
         (1, 3, 1),
     ]
     assert runs[1].mask is not None and runs[1].mask.tolist() == [[True, True, True, False], [True] * 4]
+
+
+def test_short_documents_are_attended_to_together_but_for_trunks(monkeypatch: pytest.MonkeyPatch):
+    lengths = [3, 2, 40, 20, 70, 1, 1]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    runs = runs_of(torch.cat([positions, torch.tensor([0, 1, 2, 2, 3, 0, 0, 1])]))
+    documents = [(45, None, False), (20, None, True), (70, None, True), (2, None, False)]
+    shape = [(r.length, r.document, r.mask is None) for r in runs]
+    assert shape == [*documents, (3, None, True), (2, 4, False), (3, None, False)]
+    assert runs[3].mask is not None and runs[3].mask.tolist() == [[True, False], [False, True]]
+    model, sequences = language_model().double(), [np.arange(n) for n in (3, 2, 9, 20)]
+    attend_by_document(model)
+    together = outputs(model, sequences, [None] * 4)
+    monkeypatch.setattr(attention, "TOGETHER_TOKENS", 0)
+    for one, other in zip(together, outputs(model, sequences, [None] * 4), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
 
 
 def test_a_row_each_is_attended_to_as_a_whole():
