@@ -1,7 +1,7 @@
-"""Attention over packed rows, one document after another: what a token cannot see is never computed, and no mask is made.
+"""Attention over packed rows, one document after another: what stands in other documents is neither computed nor masked.
 
-Positions say what sees what. A *run* is a stretch of a row whose positions count up by one. One that begins at 0 is a
-document. One that begins at p > 0 is a branch: it goes on after the first p tokens of the last document, as another sample
+Positions say what sees what. They count up by one as long as a sequence goes on. One that begins at 0 is a document. One
+that begins at p > 0 is a branch: it goes on after the first p tokens of the last document, as another sample
 goes on after the same prompt, whose keys and values several samples share that way.
 
 Legend: B rows, T tokens, H heads, D head size, Q tokens of a run, K tokens that its last one sees.
@@ -25,8 +25,6 @@ DOCUMENTS = "by_document"  # as transformers knows it
 NOT_HERE = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some architectures do to attention besides
 # Up to so many keys torch's attention on a CPU takes half the time in fp32 that it takes in bf16, and not more beyond.
 WIDE_KEYS = 512
-
-
 # Documents of few tokens are attended to together, under a mask: a call for each would cost more than it saves.
 TOGETHER_TOKENS = 64
 
