@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.cpp_extension import _get_build_directory
 
 from llmscale.config import check
 from llmscale.engine.config import OWNED, DeepSpeedConfig, Offload, Precision
@@ -58,9 +58,8 @@ def test_a_build_that_was_killed_stops_nobody(tmp_path: Path):
     from llmscale.engine.deepspeed import build_communication
 
     build_communication()
-    built = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    shutil.copytree(built, tmp_path / "built", symlinks=True)
-    (folder,) = tmp_path.glob("built/**/deepspeed_shm_comm")
+    folder = tmp_path / "deepspeed_shm_comm"
+    shutil.copytree(_get_build_directory(folder.name, verbose=False), folder, symlinks=True)
     (folder / "lock").touch()
     code = "from llmscale.engine.deepspeed import build_communication; build_communication()"
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent)}
