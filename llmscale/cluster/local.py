@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
+
+from llmscale.cluster.pool import WorkerPool
 
 
 @dataclass
@@ -15,8 +18,9 @@ class Done:
         return self.results
 
 
-class LocalPool:
+class LocalPool(WorkerPool):
     num_workers = 1
+    ahead = 1
 
     def __init__(self, role: str, build: Callable[[], Any]):
         self.role, self.worker = role, build()
@@ -27,8 +31,7 @@ class LocalPool:
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Done:
         return Done(method(self.worker, list(items)))
 
-    def units(self, method: Callable[..., Any], units: Sequence[Any]) -> Done:
-        return Done([method(self.worker, unit) for unit in units])
-
-    def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
-        return (method(self.worker, unit) for unit in units)
+    def submit(self, method: Callable[..., Any], *args: Any) -> Future[Any]:
+        task: Future[Any] = Future()
+        task.set_result(method(self.worker, *(arg.result() if isinstance(arg, Future) else arg for arg in args)))
+        return task

@@ -6,8 +6,12 @@ checkers follow the call. Every call returns at once with a `Pending`; results c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,28 +30,59 @@ class Pending(Protocol):
         ...
 
 
-class WorkerPool(Protocol):
+class WorkerPool(ABC):
     """`num_workers` workers that each hold one role object."""
 
     num_workers: int
+    ahead: int  # times the workers: units of a stream that are begun and not yet taken, so that a slow one stops nobody soon
 
+    @abstractmethod
     def call(self, method: Callable[..., Any], *args: Any) -> Pending:
         """The same call on every worker; one result a worker. Collective methods of roles are called this way."""
-        ...
 
+    @abstractmethod
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Pending:
         """`method(part)` on every worker with its part of the items, even an empty one; one result an item, in order."""
-        ...
 
-    def units(self, method: Callable[..., Any], units: Sequence[Any]) -> Pending:
-        """`method(unit)` for each unit on whichever worker is free; one result a unit. What a unit holds must not depend
-        on the number of workers: then neither do its results."""
-        ...
+    @abstractmethod
+    def submit(self, method: Callable[..., Any], *args: Any) -> Future[Any]:
+        """`method(*args)` on whichever worker is free first; units begin in the order in which they are handed in. An
+        argument may be a unit of another pool that has ended well: its result then goes from worker to worker, and not
+        through the driver. What a unit makes must not depend on the number of workers."""
+
+    def units(self, method: Callable[..., Any], units: Iterable[Any]) -> Units:
+        """`submit` of each unit; one result a unit, in order."""
+        return Units([self.submit(method, unit) for unit in units])
 
     def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
         """The same for more units than memory holds: results one by one, in the order of the units, which are taken as
         workers become free. A unit that takes long holds up results, and in the end work, but never their number."""
-        ...
+        begun: deque[Future[Any]] = deque()
+        try:
+            for unit in units:
+                begun.append(self.submit(method, unit))
+                if len(begun) >= self.ahead * self.num_workers:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for task in begun:
+                task.cancel()
+
+
+@dataclass
+class Units:
+    """Units of work that were handed in."""
+
+    tasks: list[Future[Any]]
+
+    def wait(self) -> list[Any]:
+        """Results in order. Raises: what the first unit that failed did; those that have not begun are then given up."""
+        done, waiting = wait(self.tasks, return_when=FIRST_EXCEPTION)
+        for task in waiting:
+            task.cancel()
+        failed = next((task for task in done if task.exception()), None)
+        return [failed.result()] if failed is not None else [task.result() for task in self.tasks]
 
 
 @contextmanager
@@ -66,9 +101,7 @@ def opened_pools(
         yield {name: LocalPool(name, build) for name, build in roles.items()}
         return
     set_ray_environment(own_cluster=cluster.address is None)
-    from llmscale.cluster.ray import open_ray_pools, shut_down
+    from llmscale.cluster.ray import opened_ray_pools
 
-    try:
-        yield open_ray_pools(cluster, roles, str(log_dir.resolve()))
-    finally:
-        shut_down()
+    with opened_ray_pools(cluster, roles, str(log_dir.resolve())) as pools:
+        yield pools

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import wait
 from functools import partial
 from operator import length_hint
 from pathlib import Path
@@ -79,12 +80,21 @@ def test_a_stream_is_in_order_and_takes_no_more_than_it_needs(backend: str, requ
     for turn, result in enumerate(pool.stream(Adder.add, units)):
         assert result == turn + 10
         taken = 60 - length_hint(units)
-        assert turn < taken <= turn + 8 * pool.num_workers
+        assert turn < taken <= turn + pool.ahead * pool.num_workers
     assert turn == 59
     assert list(pool.stream(Adder.add, [])) == []
     with pytest.raises(WorkerError, match="TypeError") if backend == "ray_pools" else pytest.raises(TypeError):
         list(pool.stream(Adder.add, [1, 2, "three", 4]))
     assert list(pool.stream(Adder.add, [1])) == [11], "a stream that failed leaves workers that work"
+
+
+@pytest.mark.parametrize("backend", ["local_pools", "ray_pools"])
+def test_units_go_on_while_the_driver_does_something_else(backend: str, request: pytest.FixtureRequest) -> None:
+    pools: Mapping[str, WorkerPool] = request.getfixturevalue(backend)
+    tasks = [pools["reference"].submit(Adder.add, n) for n in range(12)]
+    assert not wait(tasks, timeout=20).not_done, "although nobody has asked for a result"
+    made = [pools["reward"].submit(Adder.add, task) for task in tasks]  # from worker to worker
+    assert [task.result() for task in made] == [n + 110 for n in range(12)]
 
 
 @pytest.mark.parametrize("backend", ["local_pools", "ray_pools"])

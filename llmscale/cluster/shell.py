@@ -1,0 +1,81 @@
+"""The process of one Ray worker: what it sets up before its role is built, and how the role's methods are called."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from llmscale.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in its pool."""
+
+    rank: int
+    size: int
+    local_rank: int  # among the pool's workers on its node
+    local_size: int
+    master: tuple[str, int]  # address and port of rank 0
+
+
+class Shell:
+    """The process of one worker."""
+
+    def node(self) -> str:
+        return ray.util.get_node_ip_address()
+
+    def free_port(self) -> int:
+        with socket.socket() as probe:
+            probe.bind((self.node(), 0))
+            return probe.getsockname()[1]
+
+    def build(self, role: Callable[[], Any], place: Place, threads: int, directory: str, log_file: str) -> None:
+        """Set this process up as torch.distributed and DeepSpeed read it from the environment, then make the role."""
+        if not Path(directory).is_dir():
+            fix = "Every host needs the driver's working directory, for relative paths mean it."
+            raise ClusterError(f"{directory} does not exist on {self.node()}", where="cluster", fix=fix)
+        os.chdir(directory)
+        _redirect_output(Path(log_file))
+        address, port = place.master
+        # Ray shows a worker its own GPUs only, so that the first of them is always its own.
+        local_rank = 0 if ray.get_gpu_ids() else place.local_rank
+        os.environ |= {
+            "RANK": str(place.rank),
+            "WORLD_SIZE": str(place.size),
+            "LOCAL_RANK": str(local_rank),
+            # DeepSpeed takes ranks for local, and speaks to them through shared memory, where this equals WORLD_SIZE.
+            "LOCAL_SIZE": str(place.local_size),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+        print(
+            f"rank {place.rank} of {place.size} on {socket.gethostname()} ({self.node()}), pid {os.getpid()}",
+            flush=True,
+        )
+        import torch
+
+        torch.set_num_threads(threads)
+        self.role = role()
+
+    def call(self, method: str, args: Sequence[Any]) -> Any:
+        return getattr(self.role, method)(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
+
+    def call_apart(self, method: str, args: Sequence[Any]) -> tuple[None, Any]:
+        """The same; whoever waits for its end, or why there is none, need not fetch the result."""
+        return None, self.call(method, args)
+
+
+def _redirect_output(log_file: Path) -> None:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
