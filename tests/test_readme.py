@@ -83,12 +83,3 @@ def test_a_command_of_the_readme_runs(command: str, reader: Path) -> None:
     assert printed.strip()
     if command == DEMO:
         assert "held-out true score" in printed and "Try next" in printed
-
-
-@pytest.mark.slow
-def test_the_demo_learns_what_the_readme_says(tmp_path: Path) -> None:
-    printed = run(recipe("demo"), tmp_path)
-    assert "Try next" in printed and "over-optimised" not in printed
-    result = json.loads((tmp_path / "runs" / "demo" / "rlhf" / "result.json").read_text())
-    before, after = result["before"]["eval/reward/true"], result["metrics"]["eval/reward/true"]
-    assert before < 0.6 and after > 0.85  # the README shows 0.449 -> 0.961

@@ -61,6 +61,11 @@ class AlgorithmConfig:
         """Whether a sample is compared with others of its prompt."""
         return self.filter_groups
 
+    @property
+    def needs_advantages(self) -> bool:
+        """Whether a sample whose advantages are all 0 has no gradient: an update then leaves it out."""
+        return False
+
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, kl_coef=0, kl_horizon=1, num_epochs=1, global_batch_size=1, max_draws=1)
         yield from at_least(self, entropy_coef=0, overlong_share=0, overlong_penalty=0)
@@ -141,6 +146,13 @@ class PolicyGradientConfig(AlgorithmConfig):
     def needs_groups(self) -> bool:
         grouped = (Advantage.group_relative, Advantage.leave_one_out, Advantage.group_returns)
         return super().needs_groups or self.advantage in grouped
+
+    @property
+    def needs_advantages(self) -> bool:
+        kl_as_loss = self.kl_place is KLPlace.loss and self.needs_reference
+        return (
+            type(self) is PolicyGradientConfig and not kl_as_loss and self.entropy_coef == 0
+        )  # a loss of your own may not
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -38,16 +38,28 @@ class PolicyObjective:
     `old_is_rollout`: the experience has the log-probabilities of the rollout in place of the old policy's, which is the policy
     as it is at this update: its ratio is 1, and the metrics compare rollout and trainer."""
 
-    def __init__(self, algorithm: Algorithm, temperature: float, entropy_coef: float, old_is_rollout: bool = False):
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        temperature: float,
+        entropy_coef: float,
+        old_is_rollout: bool = False,
+        needs_advantages: bool = False,
+    ):
         self.algorithm, self.temperature, self.entropy_coef = algorithm, temperature, entropy_coef
-        self.old_is_rollout = old_is_rollout
+        self.old_is_rollout, self.needs_advantages = old_is_rollout, needs_advantages
+
+    def teaches(self, example: Experience) -> bool:
+        """Whether it has a gradient. A group with equal rewards has none (GRPO), nor a sample that is masked as a whole."""
+        return not self.needs_advantages or bool(np.any(example.advantages[example.loss_mask]))
 
     def prepare(self, examples: Sequence[Experience], rows: Rows = APART) -> Batch:
-        batch = prepare_experience(examples, rows)
-        num_tokens = [int(e.loss_mask.sum()) for e in examples]
-        weights = torch.tensor([self.algorithm.weight(n) for n in num_tokens] or [1.0])
+        """What teaches nothing takes no part in forward and metrics, and counts all the same."""
+        taught = [e for e in examples if self.teaches(e)]
+        batch = prepare_experience(taught, rows)
+        weights = torch.tensor([self.algorithm.weight(int(e.loss_mask.sum())) for e in taught] or [1.0])
         batch.tensors["weight"] = weights[batch["sequence"]]
-        batch.counts["policy"] = sum(self.algorithm.count(n) for n in num_tokens)
+        batch.counts["policy"] = sum(self.algorithm.count(int(e.loss_mask.sum())) for e in examples)
         return batch
 
     def loss(self, forward: Forward, batch: Batch) -> LossSums:
@@ -72,6 +84,9 @@ class ValueObjective:
 
     def __init__(self, algorithm: Algorithm):
         self.algorithm = algorithm
+
+    def teaches(self, example: Experience) -> bool:
+        return True
 
     def prepare(self, examples: Sequence[Experience], rows: Rows = APART) -> Batch:
         batch = prepare_experience(examples, rows)

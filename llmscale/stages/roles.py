@@ -34,7 +34,7 @@ from llmscale.models.loading import (
     load_tokenizer,
 )
 from llmscale.optim.config import OptimConfig
-from llmscale.protocols import Digests, Forward, Objective, RolloutEngine, SamplingRequest, Score, TrainEngine
+from llmscale.protocols import Digests, Forward, RolloutEngine, SamplingRequest, Score, TrainEngine
 from llmscale.rewards.weighted import build_reward
 from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
@@ -60,7 +60,7 @@ class TrainedRole:
     """What policy and critic share: an engine over the ranks of their pool, and the updates of one step."""
 
     engine: TrainEngine
-    objective: Objective
+    objective: PolicyObjective | ValueObjective
 
     def __init__(self, config_file: str):
         self.config: RlhfConfig = load(Path(config_file))
@@ -71,9 +71,13 @@ class TrainedRole:
         """One optimizer step for each minibatch; this rank takes its share of it. Returns each step's metrics."""
         budget, metrics = token_budget(self.config, self.engine), []
         for minibatch in minibatches:
-            lengths = [len(e.token_ids) for e in minibatch]
-            parts = budget.parts(lengths, self.world.rank, self.world.size, prompt_branches(minibatch))
-            batches = [self.objective.prepare([minibatch[i] for i in part], budget.rows) for part in parts]
+            taught = [e for e in minibatch if self.objective.teaches(e)]
+            lengths = [len(e.token_ids) for e in taught]
+            parts = budget.parts(lengths, self.world.rank, self.world.size, prompt_branches(taught))
+            dealt = [[taught[i] for i in part] for part in parts]
+            if self.world.rank == 0:
+                dealt[0] += [e for e in minibatch if not self.objective.teaches(e)]  # which are only counted
+            batches = [self.objective.prepare(own, budget.rows) for own in dealt]
             metrics.append(self.engine.step(batches, self.objective))
         return metrics
 
@@ -109,8 +113,8 @@ class PolicyRole(TrainedRole):
         self.engine = self._new_engine(self.model, self.config.optim)
         algorithm = new_algorithm(self.config)
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
-        old_is_rollout = not self.config.scores_by_policy
-        self.objective = PolicyObjective(algorithm, temperature, entropy_coef, old_is_rollout)
+        old_is_rollout, needs_advantages = not self.config.scores_by_policy, self.config.algorithm.needs_advantages
+        self.objective = PolicyObjective(algorithm, temperature, entropy_coef, old_is_rollout, needs_advantages)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """log p of each token under the policy as it is now, float32 [T] a trajectory."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.hosts.network import Host
 from tests.stages.runs import DEADLINE_S, TINY, records
 from tests.stages.test_on_ray import weight_difference
 
+Drive = Callable[[str], subprocess.Popen]  # starts a driver's command on node1, where Ray runs over all hosts
 NUM_STEPS = 40
 SHORT = ["training.save_every_steps=10", "training.eval_every_steps=20", "tracking.wandb=disabled"]
 
@@ -41,6 +43,21 @@ def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen], l
 def exit_codes(processes: list[subprocess.Popen]) -> list[int]:
     deadline = time.monotonic() + DEADLINE_S
     return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+
+
+def driver_log(hosts: Sequence[Host]) -> Path:
+    return hosts[0].folder / "driver.log"
+
+
+def drive_to_end(drive: Drive, hosts: Sequence[Host], command: str, exit_code: int = 0) -> str:
+    """What the driver printed."""
+    assert exit_codes([drive(command)]) == [exit_code], driver_log(hosts).read_text()
+    return driver_log(hosts).read_text()
+
+
+def hosts_of(run: Path, worker: str) -> list[str]:
+    """Where it has been, as its log says."""
+    return re.findall(r"^rank \d of \d on (\S+) ", (run / "attempts/1" / f"{worker}.log").read_text(), re.MULTILINE)
 
 
 def assert_same_numbers(run: Path, other: Path) -> None:

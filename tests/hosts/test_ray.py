@@ -5,57 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.hosts.commands import documented, exit_codes, tiny, wait_for
+from tests.hosts.commands import Drive, documented, drive_to_end, hosts_of, tiny
 from tests.hosts.network import Host
 from tests.stages.runs import TINY, arguments, records, succeed
 from tests.stages.test_on_ray import weight_difference
 
 pytestmark = [pytest.mark.hosts, pytest.mark.parametrize("hosts", [3], indirect=True)]
-Drive = Callable[[str], subprocess.Popen]
-# A dead host is noticed after seconds, not after the minute of the defaults, and a slow one has time to answer.
-HEALTH = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "10000", "failure_threshold": "3"}
-
-
-@pytest.fixture(scope="module")
-def drive(hosts: Sequence[Host]) -> Drive:
-    """Starts a driver's command on node1, while Ray runs over all hosts."""
-    by_name = {host.name: host for host in hosts}
-    token, *nodes = documented("Ray")[:4]
-    folder = hosts[0].folder
-    assert exit_codes([by_name["node1"].start(token[1], folder / "token.log")]) == [0]
-    assert (folder / "ray-token").stat().st_mode & 0o077 == 0
-    eager = {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
-    logs = [folder / f"ray-{name}.log" for (name,), _ in nodes]
-    started = [by_name[name].start(command, log, **eager) for ((name,), command), log in zip(nodes, logs, strict=True)]
-    for log in logs:
-        wait_for(lambda log=log: "will now block" in log.read_text(), started, log)
-
-    def drive(command: str) -> subprocess.Popen:
-        driver_log(hosts).unlink(missing_ok=True)
-        return by_name["node1"].start(command, driver_log(hosts))
-
-    return drive
-
-
-def driver_log(hosts: Sequence[Host]) -> Path:
-    return hosts[0].folder / "driver.log"
-
-
-def drive_to_end(drive: Drive, hosts: Sequence[Host], command: str, exit_code: int = 0) -> str:
-    """What the driver printed."""
-    assert exit_codes([drive(command)]) == [exit_code], driver_log(hosts).read_text()
-    return driver_log(hosts).read_text()
-
-
-def hosts_of(run: Path, worker: str) -> list[str]:
-    """Where it has been, as its log says."""
-    return re.findall(r"^rank \d of \d on (\S+) ", (run / "attempts/1" / f"{worker}.log").read_text(), re.MULTILINE)
 
 
 def test_policy_critic_and_rollouts_apart_give_the_numbers_of_one_process(

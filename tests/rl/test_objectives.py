@@ -20,7 +20,7 @@ from llmscale.rl.config import PolicyGradientConfig
 from llmscale.rl.experience import Experience
 from llmscale.rl.objectives import FIELDS, PolicyObjective, ValueObjective, state_values
 from llmscale.rl.policy_gradient import PolicyGradient
-from tests.rl.settings import ALGORITHMS, algorithm, experiences
+from tests.rl.settings import ALGORITHMS, algorithm, experiences, setting
 from tests.tiny import language_model, scalar_model
 
 TEMPERATURE = 0.7
@@ -232,3 +232,33 @@ def test_no_examples_give_no_loss_and_a_backward_that_works(kind: str):
     model, objective = (make() for make in KINDS[kind])
     metrics, gradient = step(model, objective, [objective.prepare([])])
     assert metrics["loss"] == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "grpo", "gspo", "cispo", "rloo"])
+def test_leaving_out_what_teaches_nothing_changes_no_gradient(name: str):
+    """Every third sample comes from a group with equal rewards, and is the longest where the divisor is one of tokens."""
+    config = setting(name, "algorithm.kl_coef=0")
+    assert config.needs_advantages and not setting(name, "algorithm.entropy_coef=0.1").needs_advantages
+    lengths = [12 if i % 3 == 0 else 6 + i for i in range(7)]
+    examples = [
+        replace(e, advantages=np.zeros_like(e.advantages)) if i % 3 == 0 else e
+        for i, e in enumerate(experiences(lengths))
+    ]
+    model = language_model()
+    plain = PolicyObjective(algorithm(name, "algorithm.kl_coef=0"), TEMPERATURE, 0.0)
+    lean = PolicyObjective(plain.algorithm, TEMPERATURE, 0.0, needs_advantages=True)
+    whole, wanted = step(model, plain, [plain.prepare(examples)])
+    batches = [lean.prepare(examples[:4]), lean.prepare(examples[4:6]), lean.prepare(examples[6:])]
+    assert [int(b["loss_mask"].any(1).sum()) for b in batches] == [2, 2, 0]
+    found, gradient = step(model, lean, batches)
+    assert found["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert torch.linalg.vector_norm(gradient - wanted) < 1e-5 * torch.linalg.vector_norm(wanted)
+
+
+def test_a_kl_in_the_loss_or_a_loss_of_your_own_learns_from_every_sample():
+    assert not setting("grpo", "algorithm.kl_coef=0.1").needs_advantages
+
+    class Own(PolicyGradientConfig):
+        pass
+
+    assert not Own(kl_coef=0).needs_advantages and PolicyGradientConfig(kl_coef=0).needs_advantages
