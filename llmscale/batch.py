@@ -86,6 +86,7 @@ class Trajectory:
         None  # float32 [T], its environment's, at the last token of each turn; 0 elsewhere
     )
     failure: str = ""  # why its environment gave up, which ended it too early to be judged
+    interrupted: bool = False  # its engine was told to stop: neither ended nor at a limit, it can be continued
 
     @property
     def completion_len(self) -> int:

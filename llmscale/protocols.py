@@ -139,6 +139,7 @@ class SamplingRequest:
     sample_index: int
     turn: int = 0  # of the policy's in this sample; the prompt then ends with the observation that it answers
     weights: int | None = None  # the version to sample with; None: whichever the engine holds
+    begun: Trajectory | None = None  # what was sampled of it before it was interrupted; it goes on from there
 
 
 class RolloutEngine(Protocol):
@@ -146,6 +147,11 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         """Raises: WeightMismatchError when it holds other weights than those that a request is for."""
+        ...
+
+    def interrupt(self) -> None:
+        """New weights are coming; called by another thread while `generate` runs. What it is about may come back
+        `interrupted`, to be continued by a request that has it as `begun`."""
         ...
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from llmscale import distributed
 from llmscale.batch import Batch, Trajectory, pad_rows, token_tensors
 from llmscale.models.forward import ModelForward
-from llmscale.models.loading import LanguageModel
+from llmscale.models.loading import LanguageModel, context_length
 from llmscale.protocols import SamplingRequest
-from llmscale.rollout.completion import as_trajectory
+from llmscale.rollout.completion import Completion, check_room
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.hf import HFRollout
 
@@ -56,7 +56,8 @@ class BeamSearch(HFRollout):
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
-        prompts = self._left_padded(requests)
+        check_room(requests, self.config.max_new_tokens, context_length(self.model))
+        prompts = self._left_padded([r.prompt.token_ids for r in requests])
         output = self.model.hf.generate(**prompts, generation_config=self._generation)
         completions = output[:, prompts["input_ids"].shape[1] :].cpu().numpy()
         beams = completions.reshape(len(requests), -1, completions.shape[-1])
@@ -72,7 +73,9 @@ class BeamSearch(HFRollout):
         """int64 [T], padded -> the completion up to its first stop token, without log-probabilities."""
         ends = np.flatnonzero(np.isin(row, self.stop_ids))
         ids = row[: ends[0] + 1].tolist() if len(ends) else row.tolist()
-        return as_trajectory(request, ids, [0.0] * len(ids), self.version, self.stop_ids, self.tokenizer)
+        return Completion(request, ids, [0.0] * len(ids), [self.version] * len(ids)).trajectory(
+            self.stop_ids, self.tokenizer
+        )
 
     def score(self, trajectory: Trajectory) -> float:
         logprob = float(trajectory.rollout_logprobs.sum(dtype=np.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -39,27 +40,52 @@ def check_newer(version: int, held: int) -> None:
         raise WeightMismatchError(f"weights {version} offered where {held} are held already")
 
 
-def as_trajectory(
-    request: SamplingRequest,
-    completion: list[int],
-    logprobs: list[float],
-    version: int,
-    stop_ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerFast,
-) -> Trajectory:
-    """`completion` is as it was sampled, up to and with its stop token or cut off; `logprobs` are of its tokens."""
-    prompt = request.prompt.token_ids
-    produced = np.arange(len(prompt) + len(completion)) >= len(prompt)
-    rollout_logprobs = np.zeros(len(produced), dtype=np.float32)
-    rollout_logprobs[produced] = logprobs
-    return Trajectory(
-        draw_id=request.draw_id,
-        sample_index=request.sample_index,
-        token_ids=np.concatenate([prompt, np.array(completion, dtype=np.int64)]),
-        loss_mask=produced,
-        rollout_logprobs=rollout_logprobs,
-        weight_versions=np.where(produced, version, -1).astype(np.int32),
-        finished=completion[-1] in stop_ids,
-        prompt=request.prompt,
-        completion=str(tokenizer.decode(completion, skip_special_tokens=True)),
-    )
+@dataclass
+class Completion:
+    """What was sampled for a request so far, up to and with its stop token."""
+
+    request: SamplingRequest
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]  # of the weights that produced each token
+
+    @classmethod
+    def begun(cls, request: SamplingRequest) -> Completion:
+        """As long as what an interrupted call left of it; empty where there was none."""
+        before = request.begun
+        if before is None:
+            return cls(request, [], [], [])
+        own = before.loss_mask
+        arrays = (before.token_ids, before.rollout_logprobs, before.weight_versions)
+        return cls(request, *(array[own].tolist() for array in arrays))
+
+    def add(self, token: int, logprob: float, version: int) -> None:
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        self.versions.append(version)
+
+    @property
+    def prefix(self) -> np.ndarray:
+        """int64 [T]: what the next token follows."""
+        return np.concatenate([self.request.prompt.token_ids, np.array(self.token_ids, dtype=np.int64)])
+
+    def trajectory(
+        self, stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast, interrupted: bool = False
+    ) -> Trajectory:
+        prefix, length = self.prefix, len(self.request.prompt.token_ids)
+        rollout_logprobs = np.zeros(len(prefix), dtype=np.float32)
+        rollout_logprobs[length:] = self.logprobs
+        weight_versions = np.full(len(prefix), -1, dtype=np.int32)
+        weight_versions[length:] = self.versions
+        return Trajectory(
+            draw_id=self.request.draw_id,
+            sample_index=self.request.sample_index,
+            token_ids=prefix,
+            loss_mask=np.arange(len(prefix)) >= length,
+            rollout_logprobs=rollout_logprobs,
+            weight_versions=weight_versions,
+            finished=bool(self.token_ids) and self.token_ids[-1] in stop_ids,
+            prompt=self.request.prompt,
+            completion=str(tokenizer.decode(self.token_ids, skip_special_tokens=True)),
+            interrupted=interrupted,
+        )

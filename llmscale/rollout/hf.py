@@ -1,7 +1,7 @@
 """Rollouts by forwards of the Hugging Face model itself: runs everywhere, and is the reference for other engines.
 
 The batch is one forward a token, as in transformers' `generate`, but a prompt is read once for all its samples, what is
-known of it is never copied, and a row leaves the batch with its last token.
+known of it is never copied, and a row leaves the batch with its last token. It can be interrupted between two tokens.
 
 Legend: P different prompts, B rows (a request each), T tokens, V vocabulary.
 """
@@ -9,6 +9,7 @@ Legend: P different prompts, B rows (a request each), T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Event
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import load_buckets
 from llmscale.protocols import SamplingRequest, WeightBucket
 from llmscale.rollout.cache import attend_by_products
-from llmscale.rollout.completion import as_trajectory, check_newer, check_room, check_weights
+from llmscale.rollout.completion import Completion, check_newer, check_room, check_weights
 from llmscale.rollout.config import HFRolloutConfig
 from llmscale.rollout.decoding import RunningBatch, closed_up
 from llmscale.rollout.sampling import sample
@@ -41,50 +42,56 @@ class HFRollout:
         self.config, self.tokenizer, self.seed, self.stop_ids = config, tokenizer, seed, list(stop_ids)
         self.model = model.to(distributed.device()).eval()
         self.version = 0  # of the weights held; 0 are those that it was built with
+        self.interrupted = Event()
         attend_by_products(self.model.hf)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         check_weights(requests, self.version)
-        numbers: dict[bytes, int] = {}  # prompts in the order in which they appear
-        prompt_of = np.array([numbers.setdefault(r.prompt.token_ids.tobytes(), len(numbers)) for r in requests])
-        _, first = np.unique(prompt_of, return_index=True)
+        check_room(requests, self.config.max_new_tokens, context_length(self.model))
+        completions = [Completion.begun(request) for request in requests]
+        if self.interrupted.is_set():
+            return [
+                completion.trajectory(self.stop_ids, self.tokenizer, interrupted=True) for completion in completions
+            ]
+        prefixes = [completion.prefix for completion in completions]
+        numbers: dict[bytes, int] = {}  # prefixes in the order in which they appear
+        number_of = np.array([numbers.setdefault(prefix.tobytes(), len(numbers)) for prefix in prefixes])
+        _, first = np.unique(number_of, return_index=True)
         batch = RunningBatch(self.model.hf, self.config.max_new_tokens)
-        logits = batch.read(**self._left_padded([requests[int(i)] for i in first]))[prompt_of]
-        batch.rearrange(prompt_of)
+        logits = batch.read(**self._left_padded([prefixes[int(i)] for i in first]))[number_of]
+        batch.rearrange(number_of)
         going = np.arange(len(requests))  # the request that each row of the batch goes on with
-        completions: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[float]] = [[] for _ in requests]
-        for position in range(self.config.max_new_tokens):
-            rows = [requests[int(i)] for i in going]
-            tokens, chosen = sample(logits, rows, position, self.config, self.seed)
-            for request, token, logprob in zip(going, tokens.tolist(), chosen.tolist(), strict=True):
-                completions[request].append(token)
-                logprobs[request].append(logprob)
-            kept = closed_up(~np.isin(tokens, self.stop_ids))
-            if position + 1 == self.config.max_new_tokens or not len(kept):
-                break
-            if len(kept) < len(going):
-                going, tokens = going[kept], tokens[kept]
+        while len(going) and not self.interrupted.is_set():
+            rows = [completions[int(i)] for i in going]
+            positions = [len(row.token_ids) for row in rows]
+            tokens, chosen = sample(logits, [row.request for row in rows], positions, self.config, self.seed)
+            for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+                row.add(token, logprob, self.version)
+            at_limit = np.array(positions) + 1 == self.config.max_new_tokens
+            kept = closed_up(~at_limit & ~np.isin(tokens, self.stop_ids))
+            if 0 < len(kept) < len(going):
+                tokens = tokens[kept]
                 batch.rearrange(kept)
-            logits = batch.append(tokens)
-        return [
-            as_trajectory(request, ids, own, self.version, self.stop_ids, self.tokenizer)
-            for request, ids, own in zip(requests, completions, logprobs, strict=True)
-        ]
+            going = going[kept]
+            if len(going):
+                logits = batch.append(tokens)
+        broken_off = set(going.tolist())
+        return [c.trajectory(self.stop_ids, self.tokenizer, i in broken_off) for i, c in enumerate(completions)]
+
+    def interrupt(self) -> None:
+        """May be called by another thread. What `generate` is about comes back as it is after the next token, and so does
+        whatever else is asked for, until there are new weights."""
+        self.interrupted.set()
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         check_newer(version, self.version)
         load_buckets(self.model, buckets, source=f"weights {version}")
         self.version = version
+        self.interrupted.clear()
 
-    def _left_padded(self, requests: Sequence[SamplingRequest]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` [B, T]; padding stands on the left, for generation continues at the right.
-
-        Raises: DataError when prompt and completion may exceed the model's context.
-        """
-        check_room(requests, self.config.max_new_tokens, context_length(self.model))
-        prompts = [r.prompt.token_ids for r in requests]
+    def _left_padded(self, prompts: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` [B, T]; padding stands on the left, for generation continues at the right."""
         width = max(len(p) for p in prompts)
         input_ids = np.full((len(prompts), width), self.tokenizer.pad_token_id)
         attention_mask = np.zeros((len(prompts), width), dtype=np.int64)

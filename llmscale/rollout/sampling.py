@@ -35,17 +35,18 @@ def gumbel_noise(seed: int, draw_id: int, sample_index: int, turn: int, position
 
 
 def sample(
-    logits: Tensor, requests: Sequence[SamplingRequest], position: int, config: RolloutConfig, seed: int
+    logits: Tensor, requests: Sequence[SamplingRequest], positions: Sequence[int], config: RolloutConfig, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The next token of each row, int64 [B], and its log-probability in what it was sampled from, float32 [B]. `logits`:
-    [B, V], of the token at `position` of each completion. `temperature` 0 chooses the likeliest."""
+    [B, V], of the token at each row's position in its completion. `temperature` 0 chooses the likeliest."""
     logits = truncated(logits.float() / (config.temperature or 1.0), config)
     logprobs = torch.log_softmax(logits, dim=-1).cpu().numpy()
     if config.temperature == 0:
         chosen = logprobs.argmax(-1)
     else:
         chosen = np.empty(len(requests), dtype=np.int64)
-        for row, r in enumerate(requests):  # by rows: the noise of one stays in the processor's cache
+        # By rows: the noise of one stays in the processor's cache.
+        for row, (r, position) in enumerate(zip(requests, positions, strict=True)):
             noise = gumbel_noise(seed, r.draw_id, r.sample_index, r.turn, position, logprobs.shape[1])
             noise += logprobs[row]
             chosen[row] = noise.argmax()

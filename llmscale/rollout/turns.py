@@ -54,6 +54,9 @@ class Turns:
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         self.engine.load_weights(version, buckets)
 
+    def interrupt(self) -> None:
+        """Conversations go on: what an environment has heard it could not hear again."""
+
     def _began(self, sample: _Sample) -> Environment:
         environment: Environment = build(self.config)
         environment.reset(sample.origin.prompt.text, dict(sample.origin.prompt.fields))

@@ -29,7 +29,7 @@ from llmscale.models.loading import LanguageModel, context_length
 from llmscale.models.weights import check_names, published_parameters, unpack
 from llmscale.protocols import SamplingRequest, WeightBucket
 from llmscale.randomness import random_words
-from llmscale.rollout.completion import as_trajectory, check_newer, check_room, check_weights
+from llmscale.rollout.completion import Completion, check_newer, check_room, check_weights
 from llmscale.rollout.config import VLLMRolloutConfig
 
 CPU_PAGE = 32  # tokens; a prompt is shared by whole pages, and vLLM's own 128 are more than many prompts have
@@ -68,16 +68,15 @@ class VLLMRollout:
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         check_weights(requests, self.version)
         check_room(requests, self.config.max_new_tokens, self.max_seq_len)
-        prompts = [{"prompt_token_ids": r.prompt.token_ids.tolist()} for r in requests]
-        settings = [self._settings(r) for r in requests]
+        completions = [Completion.begun(request) for request in requests]
+        prompts = [{"prompt_token_ids": c.prefix.tolist()} for c in completions]
+        settings = [self._settings(c) for c in completions]
         outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter)
-        trajectories = []
-        for request, output in zip(requests, outputs, strict=True):
+        for completion, output in zip(completions, outputs, strict=True):
             (sample,) = output.outputs
-            ids = list(sample.token_ids)
-            logprobs = [of_token[i].logprob for i, of_token in zip(ids, sample.logprobs, strict=True)]
-            trajectories.append(as_trajectory(request, ids, logprobs, self.version, self.stop_ids, self.tokenizer))
-        return trajectories
+            for token, of_token in zip(sample.token_ids, sample.logprobs, strict=True):
+                completion.add(token, of_token[token].logprob, self.version)
+        return [completion.trajectory(self.stop_ids, self.tokenizer) for completion in completions]
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         check_newer(version, self.version)
@@ -93,6 +92,9 @@ class VLLMRollout:
         self.llm.reset_prefix_cache()  # of keys and values that the old weights made
         self.version = version
 
+    def interrupt(self) -> None:
+        """What it is about goes on to its end."""
+
     def _take_adapter(self, version: int, weights: Sequence[dict[str, Tensor]]) -> None:
         """vLLM reads adapters from files alone; there is room for one, so the old one goes."""
         from vllm.lora.request import LoRARequest
@@ -102,16 +104,18 @@ class VLLMRollout:
             self.adapter = LoRARequest(f"weights {version}", version, folder)
             self.llm.llm_engine.add_lora(self.adapter)
 
-    def _settings(self, request: SamplingRequest) -> Any:
+    def _settings(self, completion: Completion) -> Any:
+        """What is continued goes on with a seed of its own: the stream of the old one is lost."""
         from vllm import SamplingParams
 
-        config = self.config
-        word = random_words(self.seed, "vllm", request.turn, request.sample_index, request.draw_id, size=1)
+        config, request, num_tokens = self.config, completion.request, len(completion.token_ids)
+        turn = num_tokens << 32 | request.turn
+        word = random_words(self.seed, "vllm", turn, request.sample_index, request.draw_id, size=1)
         return SamplingParams(
             temperature=config.temperature,
             top_k=config.top_k or 0,
             top_p=config.top_p,
-            max_tokens=config.max_new_tokens,
+            max_tokens=config.max_new_tokens - num_tokens,
             seed=int(word[0] >> 1),  # torch's are signed
             stop_token_ids=self.stop_ids,
             ignore_eos=True,  # the end token is one of the stop tokens, where it ends a turn

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,51 @@ def test_stops_at_a_stop_token_and_at_the_limit(make):
         stops = np.isin(own, [STOP, 6])
         assert not stops[:-1].any() and stops[-1] == t.finished  # the stop token is the policy's own, and its last
         assert t.finished or len(own) == 25
+
+
+def cut(trajectory: Trajectory, num_tokens: int) -> Trajectory:
+    """As if it had been interrupted after so many tokens of its own."""
+    length = len(trajectory.prompt.token_ids) + num_tokens
+    arrays = ("token_ids", "loss_mask", "rollout_logprobs", "weight_versions")
+    return replace(trajectory, **{name: getattr(trajectory, name)[:length] for name in arrays})
+
+
+def test_what_was_begun_goes_on_from_there(make):
+    """A sample of hf becomes what it would have been, whoever sampled its beginning; one of vLLM is another, as long."""
+    engine, asked = make(language_model(), max_new_tokens=12, stop_ids=[STOP, 6]), requests(group_size=5)
+    whole = engine.generate(asked)
+    assert {t.completion_len for t in whole} != {12}, "some end early"
+    begun = [cut(t, i % t.completion_len) for i, t in enumerate(whole)]
+    made = engine.generate([replace(r, begun=t) for r, t in zip(asked, begun, strict=True)])
+    assert difference(language_model(), made) < 1e-4
+    for t, before, r in zip(made, begun, asked, strict=True):
+        kept = len(before.token_ids)
+        assert t.token_ids[:kept].tolist() == before.token_ids.tolist() and t.prompt is r.prompt
+        np.testing.assert_array_equal(t.rollout_logprobs[:kept], before.rollout_logprobs)
+        assert 1 <= t.completion_len <= 12 and (t.finished or t.completion_len == 12) and not t.interrupted
+    if isinstance(engine, HFRollout):
+        assert tokens(made) == tokens(whole) and [t.finished for t in made] == [t.finished for t in whole]
+
+
+def test_hf_can_be_interrupted_and_goes_on_by_new_weights(hf):
+    model = language_model(max_position=700)
+    engine, asked = hf(model, max_new_tokens=600, stop_ids=[STOP]), requests()
+    whole = tokens(hf(model, max_new_tokens=600, stop_ids=[STOP]).generate(asked))
+    timer = Timer(0.15, engine.interrupt)
+    timer.start()
+    made = engine.generate(asked)
+    timer.join()
+    assert any(t.interrupted for t in made) and max(t.completion_len for t in made) < 600
+    again = engine.generate(asked)
+    assert all(t.interrupted and t.completion_len == 0 and not t.finished for t in again), "until there are new weights"
+    engine.load_weights(1, published(model))
+    rest = [replace(r, begun=t, weights=1) for r, t in zip(asked, made, strict=True) if t.interrupted]
+    ended = [t for t in made if not t.interrupted] + engine.generate(rest)
+    assert tokens(ended) == whole
+    for t in ended:
+        versions = t.weight_versions[t.loss_mask]
+        assert (np.diff(versions) >= 0).all() and set(versions) <= {0, 1} and not t.interrupted
+    assert any(set(t.weight_versions[t.loss_mask]) == {0, 1} for t in ended)
 
 
 def test_a_stop_token_in_the_prompt_stops_nothing(make):

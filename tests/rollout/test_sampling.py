@@ -54,7 +54,7 @@ P = torch.tensor([0.4, 0.3, 0.2, 0.1])
 def test_truncation_renormalises_what_is_left(settings: dict[str, float], expected: list[float]):
     config, num = HFRolloutConfig(**settings), 4000
     requests = [SamplingRequest(prompt([1]), draw_id, 0) for draw_id in range(num)]
-    tokens, logprobs = sample(P.log().expand(num, -1), requests, 0, config, seed=1)
+    tokens, logprobs = sample(P.log().expand(num, -1), requests, [0] * num, config, seed=1)
     shares = np.bincount(tokens, minlength=4) / num
     assert np.abs(shares - expected).max() < 4 * 0.5 / np.sqrt(num)
     assert not shares[np.array(expected) == 0].any()
