@@ -45,7 +45,10 @@ class ClusterConfig:
     # A rank of a supervised stage in which nothing has ended for so long ends itself, and says what it was doing; below
     # collective_timeout_s, which says less
     stall_timeout_s: float = 240.0
-    max_restarts: int = 2  # how often a supervised stage on Ray starts its pool again when a worker dies or gives up
+    # How often in an hour, for the same cause (died, hung, its node lost), a worker that is alone in what it does is replaced,
+    # and a pool of ranks that train together is started again from the last checkpoint; beyond it the run stops
+    max_restarts: int = 5
+    answer_timeout_s: float = 20.0  # a worker of RLHF, collect or rollout that does not answer for so long has hung
     trainer: PoolConfig = field(default_factory=PoolConfig)
     policy: PoolConfig = field(default_factory=PoolConfig)
     critic: PoolConfig = field(default_factory=PoolConfig)
@@ -60,7 +63,7 @@ class ClusterConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
-        yield from at_least(self, stall_timeout_s=1, max_restarts=0)
+        yield from at_least(self, stall_timeout_s=1, max_restarts=0, answer_timeout_s=1)
         if self.backend is Backend.local:
             for role in ("policy", "critic", "reference", "reward", "rollout"):
                 if getattr(self, role).num_workers > 1:

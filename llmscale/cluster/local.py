@@ -28,6 +28,9 @@ class LocalPool(WorkerPool):
     def call(self, method: Callable[..., Any], *args: Any) -> Done:
         return Done([method(self.worker, *args)])
 
+    def install(self, method: Callable[..., Any], *args: Any) -> Done:
+        return self.call(method, *args)
+
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Done:
         return Done(method(self.worker, list(items)))
 

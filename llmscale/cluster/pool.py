@@ -17,6 +17,10 @@ from typing import Any, Protocol
 
 from llmscale.cluster.config import ClusterConfig
 from llmscale.cluster.environment import set_ray_environment
+from llmscale.errors import SetAsideError
+
+Event = Callable[..., None]  # a tracker's, called from any thread: kind, and details by name
+Instead = Callable[[Any, str], Any]  # a unit, and why there is no result -> what stands for it
 
 
 class Pending(Protocol):
@@ -41,6 +45,11 @@ class WorkerPool(ABC):
         """The same call on every worker; one result a worker. Collective methods of roles are called this way."""
 
     @abstractmethod
+    def install(self, method: Callable[..., Any], *args: Any) -> Pending:
+        """The same call on every worker, and, before anything else, on each that takes another's place later: state that
+        units count on. The last one that was installed holds."""
+
+    @abstractmethod
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Pending:
         """`method(part)` on every worker with its part of the items, even an empty one; one result an item, in order."""
 
@@ -50,9 +59,11 @@ class WorkerPool(ABC):
         argument may be a unit of another pool that has ended well: its result then goes from worker to worker, and not
         through the driver. What a unit makes must not depend on the number of workers."""
 
-    def units(self, method: Callable[..., Any], units: Iterable[Any]) -> Units:
-        """`submit` of each unit; one result a unit, in order."""
-        return Units([self.submit(method, unit) for unit in units])
+    def units(self, method: Callable[..., Any], units: Iterable[Any], instead: Instead | None = None) -> Units:
+        """`submit` of each unit; one result a unit, in order. `instead` makes what stands for the result of a unit over which
+        too many workers died; without it that is an error."""
+        listed = list(units)
+        return Units(listed, [self.submit(method, unit) for unit in listed], instead)
 
     def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
         """The same for more units than memory holds: results one by one, in the order of the units, which are taken as
@@ -74,23 +85,41 @@ class WorkerPool(ABC):
 class Units:
     """Units of work that were handed in."""
 
+    units: list[Any]
     tasks: list[Future[Any]]
+    instead: Instead | None = None
 
     def wait(self) -> list[Any]:
         """Results in order. Raises: what the first unit that failed did; those that have not begun are then given up."""
-        done, waiting = wait(self.tasks, return_when=FIRST_EXCEPTION)
-        for task in waiting:
-            task.cancel()
-        failed = next((task for task in done if task.exception()), None)
-        return [failed.result()] if failed is not None else [task.result() for task in self.tasks]
+        waiting = set(self.tasks)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
+            failed = [
+                error for task in done if (error := task.exception()) is not None and not self._has_instead(error)
+            ]
+            if failed:
+                for task in waiting:
+                    task.cancel()
+                raise failed[0]
+        return [self._result(*pair) for pair in zip(self.units, self.tasks, strict=True)]
+
+    def _has_instead(self, error: BaseException) -> bool:
+        return self.instead is not None and isinstance(error, SetAsideError)
+
+    def _result(self, unit: Any, task: Future[Any]) -> Any:
+        error = task.exception()
+        return task.result() if error is None or self.instead is None else self.instead(unit, error.args[0])
 
 
 @contextmanager
 def opened_pools(
-    cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: Path
+    cluster: ClusterConfig,
+    roles: Mapping[str, Callable[[], Any]],
+    log_dir: Path,
+    event: Event = lambda kind, **details: None,
 ) -> Iterator[Mapping[str, WorkerPool]]:
     """One pool for each role while the context is open; afterwards no worker is left. `roles` maps a role's name (a field
-    of ClusterConfig) to what builds the role object on a worker.
+    of ClusterConfig) to what builds the role object on a worker; `event` is told of workers that are lost and replaced.
 
     Raises: ClusterError when the cluster lacks the resources.
     """
@@ -103,5 +132,5 @@ def opened_pools(
     set_ray_environment(own_cluster=cluster.address is None)
     from llmscale.cluster.ray import opened_ray_pools
 
-    with opened_ray_pools(cluster, roles, str(log_dir.resolve())) as pools:
+    with opened_ray_pools(cluster, roles, str(log_dir.resolve()), event) as pools:
         yield pools

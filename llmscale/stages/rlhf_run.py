@@ -30,6 +30,7 @@ from llmscale.rollout.replay import Replay
 from llmscale.stages.answering_config import RolloutStageConfig, SamplingConfig
 from llmscale.stages.config import check_context
 from llmscale.stages.replayed import open_replay
+from llmscale.stages.restarting import restarting
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.rlhf_config import RlhfConfig, rewards_of
 from llmscale.stages.roles import CriticRole, PolicyRole, observation_renderer, opened_roles
@@ -44,7 +45,12 @@ TRAINED = {"policy": PolicyRole, "critic": CriticRole}
 
 
 def run(config: RlhfConfig) -> dict[str, Any]:
-    return run_once(config.run_dir, config, lambda directory: RlhfRun(config, directory).train())
+    """When a rank of policy or critic is lost, all state goes back together to the newest checkpoint, and the run goes on."""
+
+    def train(directory: RunDirectory) -> dict[str, Any]:
+        return restarting(config, directory.path, lambda: RlhfRun(config, directory).train())
+
+    return run_once(config.run_dir, config, train)
 
 
 class RlhfRun:
@@ -166,7 +172,7 @@ class RlhfRun:
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
         started = time.perf_counter()
-        with opened_roles(self.config, self.directory, self.config.roles) as pools:
+        with opened_roles(self.config, self.directory, self.config.roles, self.tracker) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
             yield pools

@@ -1,0 +1,94 @@
+"""RLHF over Ray pools whose workers are killed and stopped while it trains: the command ends by itself, with the metrics and
+weights of an undisturbed run in one process, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stages.runs import DEADLINE_S, arguments, from_chain, num_lines, records, succeed
+from tests.stages.test_lost_workers import assert_nothing_left, assert_undisturbed, wait_until
+from tests.stages.test_on_ray import command
+
+LONGER = ["training.num_steps=12", "training.save_every_steps=4", "training.eval_every_steps=6"]
+POOLS = ["cluster=ray", "cluster.rollout.num_workers=2", "cluster.answer_timeout_s=4"]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    succeed(arguments("rlhf", folder, *from_chain("rlhf", chain), *LONGER), folder / "log")
+    return folder / "demo" / "rlhf"
+
+
+class Disturbed:
+    """The command, and what is done to its workers."""
+
+    def __init__(self, argv: list[str], folder: Path):
+        self.run_dir, self.log = folder / "demo" / "rlhf", folder / "log"
+        self.process = command([a for a in argv if a != "cluster=local"], self.log)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        wait_until(condition, self.process, self.log)
+
+    def until_step(self, step: int) -> None:
+        """Has begun: the ones before it are logged."""
+        self.until(lambda: bool(m := self.of("metrics")) and m[-1]["step"] >= step - 1)
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        file = self.run_dir / f"{name}.jsonl"
+        return records(file) if num_lines(file) else []
+
+    def pid(self, worker: str) -> int:
+        """Of the process that is this worker now: its log has a line for each."""
+        log = (self.run_dir / "attempts" / "1" / f"{worker}.log").read_text()
+        return int(re.findall(r"^rank .* pid (\d+)$", log, re.MULTILINE)[-1])
+
+    def signal(self, worker: str, how: int) -> None:
+        os.kill(self.pid(worker), how)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [e for e in self.of("events") if e["kind"] == kind]
+
+    def finish(self) -> None:
+        assert self.process.wait(DEADLINE_S) == 0, self.log.read_text()
+        assert_nothing_left()
+
+
+@contextmanager
+def disturbed(chain: Path, folder: Path, *more: str) -> Iterator[Disturbed]:
+    run = Disturbed(arguments("rlhf", folder, *from_chain("rlhf", chain), *LONGER, *POOLS, *more), folder)
+    try:
+        yield run
+    finally:
+        run.process.kill()
+        run.process.wait()
+
+
+def test_lost_workers_are_replaced_and_lost_ranks_go_back(chain: Path, in_one_process: Path, tmp_path: Path) -> None:
+    with disturbed(chain, tmp_path) as run:
+        run.until_step(3)
+        run.signal("rollout-0", signal.SIGKILL)
+        run.until(lambda: len(run.events("worker_replaced")) == 1)
+        run.signal("reward-0", signal.SIGKILL)
+        run.signal("reference-0", signal.SIGKILL)
+        run.signal("rollout-1", signal.SIGSTOP)
+        run.until(lambda: len(run.events("worker_replaced")) == 4)
+        run.until_step(7)  # beyond a checkpoint
+        run.signal("policy-0", signal.SIGKILL)
+        run.finish()
+        assert_undisturbed(run.run_dir, in_one_process)
+        lost = [(e["where"], e["cause"]) for e in run.events("worker_lost")]
+        assert lost[0] == ("rollout 0", "died") and lost[-1] == ("policy 0", "died")
+        assert sorted(lost[1:-1]) == [("reference 0", "died"), ("reward 0", "died"), ("rollout 1", "hung")]
+        assert all(e["seconds"] < 30 for e in run.events("worker_replaced"))
+        assert [e["step"] for e in run.events("resumed")] in ([4], [8])
+        versions = [s["weight_versions"][-1] for s in run.of("samples")]
+        assert versions == sorted(versions) and len(set(versions)) == 12
