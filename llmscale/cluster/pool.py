@@ -34,6 +34,20 @@ class Pending(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Doing:
+    """What a worker is about."""
+
+    where: str  # role and rank
+    pid: int
+    node: str  # Ray's id of it
+    method: str  # that it was called for; "": it is free
+    since_s: float  # `time.monotonic()` when that began
+    moved_s: float  # the same, when a phase of the worker last ended, as far as is known
+    inside: str  # the phases that it is in
+    raised: tuple[float, str] | None  # the first that its role raised: when, and the traceback
+
+
 class WorkerPool(ABC):
     """`num_workers` workers that each hold one role object."""
 
@@ -58,6 +72,14 @@ class WorkerPool(ABC):
         """`method(*args)` on whichever worker is free first; units begin in the order in which they are handed in. An
         argument may be a unit of another pool that has ended well: its result then goes from worker to worker, and not
         through the driver. What a unit makes must not depend on the number of workers."""
+
+    def doing(self) -> list[Doing]:
+        """What each worker is about; nothing where workers are the driver itself."""
+        return []
+
+    def num_waiting(self) -> int:
+        """Calls that no worker has begun."""
+        return 0
 
     def units(self, method: Callable[..., Any], units: Iterable[Any], instead: Instead | None = None) -> Units:
         """`submit` of each unit; one result a unit, in order. `instead` makes what stands for the result of a unit over which

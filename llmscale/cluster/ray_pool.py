@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig
-from llmscale.cluster.pool import Event, WorkerPool
+from llmscale.cluster.pool import Doing, Event, WorkerPool
 from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S, TICK_S, Call, Closed, Fault, RayWorker
 from llmscale.cluster.restarts import Restarts
 from llmscale.distributed import LOST_CONTACT
@@ -130,11 +130,18 @@ class RayPool(WorkerPool):
     def submit(self, method: Callable[..., Any], *args: Any) -> Call:
         return self._add(Call(self, method.__name__, args))
 
+    def doing(self) -> list[Doing]:
+        return [worker.doing() for worker in self.workers]
+
+    def num_waiting(self) -> int:
+        with self.changed:
+            return len(self._waiting())
+
     def close(self) -> None:
         """End the workers, and what they are about."""
         with self.changed:
             self.closed = True
-            waiting = [*self.queue, *(call for worker in self.workers for call in worker.calls)]
+            waiting = self._waiting()
             self.changed.notify_all()
         for call in waiting:
             call.cancel()
@@ -194,7 +201,7 @@ class RayPool(WorkerPool):
         """Take no more work. Raises: Closed, always."""
         with self.changed:
             self.broken = self.broken or error
-            waiting = [*self.queue, *(call for worker in self.workers for call in worker.calls)]
+            waiting = self._waiting()
             self.queue.clear()
             self.changed.notify_all()
         for call in waiting:
@@ -232,6 +239,9 @@ class RayPool(WorkerPool):
                 return call
         self._refuse(call)
         return call
+
+    def _waiting(self) -> list[Call]:
+        return [*self.queue, *(call for worker in self.workers for call in worker.calls)]
 
     def _refuse(self, call: Call) -> None:
         assert self.broken is not None

@@ -8,9 +8,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayEr
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmscale import phases
+from llmscale.cluster.pool import Doing
 from llmscale.cluster.pulse import ask
 from llmscale.cluster.shell import Arrival, Place, Shell
 from llmscale.errors import LlmscaleError, WorkerError, WorkerLostError
@@ -95,6 +96,8 @@ class RayWorker:
         self.rank = bundle  # until it is known which share a node
         self.calls: deque[Call] = deque()  # for this worker alone; they come before any unit
         self.actor = self._new_actor()
+        self.method, self.since_s, self.moved_s, self.inside = "", time.monotonic(), 0.0, ""
+        self.raised: tuple[float, str] | None = None
         self.thread = threading.Thread(target=self._serve, daemon=True)
 
     def build(self, size: int, local_rank: int, local_size: int, master: tuple[str, int]) -> ray.ObjectRef:
@@ -102,6 +105,10 @@ class RayWorker:
         self.local_rank = local_rank
         place = Place(self.pool.role, self.rank, size, local_rank, local_size, master)
         return self.actor.build.remote(self.pool.build, place, self.pool.threads, os.getcwd(), self.log_file)
+
+    def doing(self) -> Doing:
+        pid, node = self.arrival.pid, self.arrival.node
+        return Doing(self.where, pid, node, self.method, self.since_s, self.moved_s, self.inside, self.raised)
 
     def kill(self) -> None:
         with suppress(RayError, ValueError):  # it may be gone, and Ray too
@@ -155,11 +162,12 @@ class RayWorker:
         """Raises: Fault when the worker was lost over it."""
         if not call.running() and not call.set_running_or_notify_cancel():
             return
-        with phases.phase(f"{self.where} {call.method}"):
+        with self._at(call.method):
             try:
                 ended, result = self.actor.call.options(num_returns=2).remote(call.method, call.refs)
                 self._watch(ended)
             except RayTaskError as error:
+                self.raised = self.raised or (time.monotonic(), f"{self.where}: {error}")
                 lost = [arg.newest for arg in call.args if isinstance(arg, Call)]
                 if lost and isinstance(error.cause, ObjectLostError):  # what another worker had made of it
                     for arg in lost:
@@ -170,6 +178,15 @@ class RayWorker:
                     call.set_exception(self.explained(error))
             else:
                 call.set_result(result)
+
+    @contextmanager
+    def _at(self, method: str) -> Iterator[None]:
+        self.method, self.since_s = method, time.monotonic()
+        try:
+            with phases.phase(f"{self.where} {method}"):
+                yield
+        finally:
+            self.method, self.inside = "", ""
 
     def _watch(self, ref: ray.ObjectRef, limit_s: float | None = None) -> None:
         """Wait until it is there, as long as the worker lives, or for `limit_s` where it is only coming up.
@@ -201,7 +218,8 @@ class RayWorker:
         if limit_s is None:
             return
         try:
-            self.sign = ask(self.arrival.pulse, limit_s)
+            sign = ask(self.arrival.pulse, limit_s)
+            self.moved_s, self.inside = time.monotonic() - sign.idle_s, sign.doing
         except ConnectionError as error:  # Ray is about to say so
             if ref is None or not ray.wait([ref], timeout=DEATH_IS_KNOWN_S)[0]:
                 raise Fault(self._cause(), "this worker died") from error
@@ -224,7 +242,8 @@ class RayWorker:
         self.pool.lost(self, call, fault)
         while True:
             try:
-                self._replace()
+                with self._at("coming up"):
+                    self._replace()
                 break
             except Fault as again:
                 self.pool.lost(self, None, fault := again)

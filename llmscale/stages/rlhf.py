@@ -20,6 +20,7 @@ from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
+from llmscale.phases import phase
 from llmscale.protocols import SamplingRequest, Score
 from llmscale.rewards.diversity import diversity_metrics
 from llmscale.rl.admission import (
@@ -247,7 +248,8 @@ class Rlhf:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with phase(name):
+            yield
         key = f"timing_s/{name}"
         self.timings[key] = self.timings.get(key, 0.0) + time.perf_counter() - started
 

@@ -92,3 +92,51 @@ def test_lost_workers_are_replaced_and_lost_ranks_go_back(chain: Path, in_one_pr
         assert [e["step"] for e in run.events("resumed")] in ([4], [8])
         versions = [s["weight_versions"][-1] for s in run.of("samples")]
         assert versions == sorted(versions) and len(set(versions)) == 12
+
+
+REWARD = """
+import os, time
+from pathlib import Path
+
+here = Path(__file__).parent
+
+def reward(prompt, completion, fields):
+    poison = here / "poison"
+    if not poison.exists():
+        poison.write_text(prompt)
+    if poison.read_text() == prompt:
+        os.kill(os.getpid(), 9)
+    while (here / "stall").exists():
+        time.sleep(0.1)
+    return -len(completion)
+"""
+
+
+def test_a_sample_that_kills_is_left_out_and_a_reward_that_never_comes_ends_the_run(
+    chain: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(REWARD)
+    own = ["reward=function", f"reward.path={tmp_path}/mine.py:reward", "rollout.unit_size=4", "data.validation=null"]
+    own += [f"critic.path={chain}/demo/sft", "cluster.progress_timeout_s=6"]
+    with disturbed(chain, tmp_path, *own) as run:
+        run.until_step(2)
+        (tmp_path / "stall").touch()
+        assert run.process.wait(DEADLINE_S) == 1
+        assert_nothing_left()
+        first, *_ = run.of("metrics")
+        assert first["step"] == 1 and first["reward/excluded"] == 4.0
+        left_out = run.events("sample_excluded")
+        assert [e["draw_id"] for e in left_out] == [0, 1, 2, 3]
+        assert all(e["why"].startswith("3 workers were lost over this unit of score: reward 0") for e in left_out)
+        *_, warned, ended = run.events("stalled")  # a slow machine may have been warned of before
+        assert "the driver is in score" in warned["why"] and "reward 0 (pid " in warned["why"]
+        assert "is at score, for" in ended["why"] and ended["why"].endswith("this run ends")
+        assert ended["why"] in run.log.read_text()
+
+
+@pytest.mark.slow  # chosen faults are above; these come when they like
+def test_chaos_changes_nothing(chain: Path, in_one_process: Path, tmp_path: Path) -> None:
+    with disturbed(chain, tmp_path, "chaos=all", "chaos.every_s=6", "cluster.max_restarts=50") as run:
+        run.finish()
+        assert_undisturbed(run.run_dir, in_one_process)
+        assert run.events("chaos") and run.events("worker_lost")
