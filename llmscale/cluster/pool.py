@@ -17,10 +17,9 @@ from typing import Any, Protocol
 
 from llmscale.cluster.config import ClusterConfig
 from llmscale.cluster.environment import set_ray_environment
-from llmscale.errors import SetAsideError
 
 Event = Callable[..., None]  # a tracker's, called from any thread: kind, and details by name
-Instead = Callable[[Any, str], Any]  # a unit, and why there is no result -> what stands for it
+Instead = Callable[..., Any]  # what a unit was called with, and why there is no result -> what stands for it
 
 
 class Pending(Protocol):
@@ -68,10 +67,13 @@ class WorkerPool(ABC):
         """`method(part)` on every worker with its part of the items, even an empty one; one result an item, in order."""
 
     @abstractmethod
-    def submit(self, method: Callable[..., Any], *args: Any) -> Future[Any]:
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Future[Any]:
         """`method(*args)` on whichever worker is free first; units begin in the order in which they are handed in. An
         argument may be a unit of another pool that has ended well: its result then goes from worker to worker, and not
-        through the driver. What a unit makes must not depend on the number of workers."""
+        through the driver. What a unit makes must not depend on the number of workers.
+
+        `instead` makes what stands for the result where worker after worker was lost over the unit; else that is a
+        SetAsideError."""
 
     def doing(self) -> list[Doing]:
         """What each worker is about; nothing where workers are the driver itself."""
@@ -82,10 +84,8 @@ class WorkerPool(ABC):
         return 0
 
     def units(self, method: Callable[..., Any], units: Iterable[Any], instead: Instead | None = None) -> Units:
-        """`submit` of each unit; one result a unit, in order. `instead` makes what stands for the result of a unit over which
-        too many workers died; without it that is an error."""
-        listed = list(units)
-        return Units(listed, [self.submit(method, unit) for unit in listed], instead)
+        """`submit` of each unit; one result a unit, in order."""
+        return Units([self.submit(method, unit, instead=instead) for unit in units])
 
     def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
         """The same for more units than memory holds: results one by one, in the order of the units, which are taken as
@@ -107,30 +107,15 @@ class WorkerPool(ABC):
 class Units:
     """Units of work that were handed in."""
 
-    units: list[Any]
     tasks: list[Future[Any]]
-    instead: Instead | None = None
 
     def wait(self) -> list[Any]:
         """Results in order. Raises: what the first unit that failed did; those that have not begun are then given up."""
-        waiting = set(self.tasks)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
-            failed = [
-                error for task in done if (error := task.exception()) is not None and not self._has_instead(error)
-            ]
-            if failed:
-                for task in waiting:
-                    task.cancel()
-                raise failed[0]
-        return [self._result(*pair) for pair in zip(self.units, self.tasks, strict=True)]
-
-    def _has_instead(self, error: BaseException) -> bool:
-        return self.instead is not None and isinstance(error, SetAsideError)
-
-    def _result(self, unit: Any, task: Future[Any]) -> Any:
-        error = task.exception()
-        return task.result() if error is None or self.instead is None else self.instead(unit, error.args[0])
+        done, waiting = wait(self.tasks, return_when=FIRST_EXCEPTION)
+        for task in waiting:
+            task.cancel()
+        failed = next((task for task in done if task.exception()), None)
+        return [failed.result()] if failed is not None else [task.result() for task in self.tasks]
 
 
 @contextmanager

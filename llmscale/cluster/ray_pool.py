@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig
-from llmscale.cluster.pool import Doing, Event, WorkerPool
+from llmscale.cluster.pool import Doing, Event, Instead, WorkerPool
 from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S, TICK_S, Call, Closed, Fault, RayWorker
 from llmscale.cluster.restarts import Restarts
 from llmscale.distributed import LOST_CONTACT
@@ -127,8 +127,11 @@ class RayPool(WorkerPool):
         parts = [list(items[start:stop]) for start, stop in pairwise(cuts)]
         return Parts(Calls([self._add(Call(self, method.__name__, [part], r)) for r, part in enumerate(parts)]))
 
-    def submit(self, method: Callable[..., Any], *args: Any) -> Call:
-        return self._add(Call(self, method.__name__, args))
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Call:
+        for arg in args:
+            if isinstance(arg, Call) and (error := arg.exception()) is not None:
+                raise error
+        return self._add(Call(self, method.__name__, args, instead=instead))
 
     def doing(self) -> list[Doing]:
         return [worker.doing() for worker in self.workers]
@@ -139,12 +142,9 @@ class RayPool(WorkerPool):
 
     def close(self) -> None:
         """End the workers, and what they are about."""
-        with self.changed:
+        with suppress(Closed):
             self.closed = True
-            waiting = self._waiting()
-            self.changed.notify_all()
-        for call in waiting:
-            call.cancel()
+            self.fail(WorkerLostError("its pool was closed", where=self.role))
         for worker in self.workers:
             worker.kill()
         for worker in self.workers:
@@ -165,15 +165,18 @@ class RayPool(WorkerPool):
     def put_back(self, call: Call) -> None:
         """To be made again, before any other."""
         with self.changed:
-            (self.queue if call.rank is None else self.workers[call.rank].calls).appendleft(call)
-            self.changed.notify_all()
+            if self.broken is None:
+                (self.queue if call.rank is None else self.workers[call.rank].calls).appendleft(call)
+                self.changed.notify_all()
+                return
+        self._refuse(call)
 
     def submit_again(self, call: Call) -> Call:
         """What it made is lost. Raises: WorkerLostError, where that was more than a result."""
         if not self.heals:
             what = f"what {call.method} made is lost, with the node that held it"
             raise WorkerLostError(what, where=f"{self.role} {call.rank}")
-        return self._add(Call(self, call.method, call.args, call.rank))
+        return self._add(Call(self, call.method, call.args, call.rank, call.instead))
 
     def lost(self, worker: RayWorker, call: Call | None, fault: Fault) -> None:
         """What becomes of a call whose worker is lost. Raises: Closed, where the worker is not to be replaced."""
@@ -202,7 +205,8 @@ class RayPool(WorkerPool):
         with self.changed:
             self.broken = self.broken or error
             waiting = self._waiting()
-            self.queue.clear()
+            for queue in (self.queue, *(worker.calls for worker in self.workers)):
+                queue.clear()
             self.changed.notify_all()
         for call in waiting:
             self._refuse(call)
@@ -253,7 +257,12 @@ class RayPool(WorkerPool):
             self.restarts.give_back(*victim)
         who = ", ".join(f"{where} ({cause})" for where, cause in call.victims)
         what = f"{len(call.victims)} workers were lost over this unit of {call.method}: {who}"
-        call.set_exception(SetAsideError(what, where=self.role, fix="Their logs may say why."))
+        self.event("unit_set_aside", where=self.role, why=what)
+        if call.instead is None:
+            call.set_exception(SetAsideError(what, where=self.role, fix="Their logs may say why."))
+        else:
+            args = [arg.result() if isinstance(arg, Call) else arg for arg in call.args]
+            call.set_result(ray.put(call.instead(*args, what)))
 
     def _get(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """Results in order, while the pool comes up; the first failure of any of them at once, for its peers may wait for

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayEr
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmscale import phases
-from llmscale.cluster.pool import Doing
+from llmscale.cluster.pool import Doing, Instead
 from llmscale.cluster.pulse import ask
 from llmscale.cluster.shell import Arrival, Place, Shell
 from llmscale.errors import LlmscaleError, WorkerError, WorkerLostError
@@ -47,10 +47,17 @@ class Fault(Exception):
 class Call(Future[Any]):
     """A call of a worker. It holds where the result lies; `result` fetches it."""
 
-    def __init__(self, pool: RayPool, method: str, args: Sequence[Any], rank: int | None = None):
+    def __init__(
+        self,
+        pool: RayPool,
+        method: str,
+        args: Sequence[Any],
+        rank: int | None = None,
+        instead: Instead | None = None,
+    ):
         """`rank`: the one worker that it is for; None: any, for it is a unit."""
         super().__init__()
-        self.pool, self.method, self.args, self.rank = pool, method, args, rank
+        self.pool, self.method, self.args, self.rank, self.instead = pool, method, args, rank, instead
         self.victims: list[tuple[str, str]] = []  # workers that were lost while they were at it, and how
         self._again: Call | None = None
         self._lock = threading.Lock()
@@ -176,6 +183,10 @@ class RayWorker:
                     self.pool.put_back(call)
                 else:
                     call.set_exception(self.explained(error))
+            except (Fault, Closed):
+                raise
+            except Exception as error:  # what cannot be sent, for one: whoever waits for the call has to hear of it
+                call.set_exception(error)
             else:
                 call.set_result(result)
 
