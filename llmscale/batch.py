@@ -85,7 +85,7 @@ class Trajectory:
     turn_rewards: np.ndarray | None = (
         None  # float32 [T], its environment's, at the last token of each turn; 0 elsewhere
     )
-    failure: str = ""  # why its environment gave up, which ended it too early to be judged
+    failure: str = ""  # why it ended too early to be judged: its environment gave up, or workers died over it
     interrupted: bool = False  # its engine was told to stop: neither ended nor at a limit, it can be continued
 
     @property

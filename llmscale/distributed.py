@@ -22,6 +22,7 @@ from llmscale.phases import phase
 LOOPBACK = "127.0.0.1"
 ANYWHERE = "192.0.2.1"  # reserved for documentation (RFC 5737): reached by the default route, by nothing else
 SIOCGIFADDR = 0x8915  # Linux, netdevice(7)
+LOST_CONTACT = "lost contact with the other ranks"
 OF_GLOO = ("gloo", "pair closure", "monitoredBarrier")  # what its errors say, which have no class of their own
 
 
@@ -192,6 +193,6 @@ def explaining_losses(role: str) -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or any(word in str(error) for word in OF_GLOO)):
             raise
-        what = f"lost contact with the other ranks: {str(error).strip().splitlines()[0]}"
+        what = f"{LOST_CONTACT}: {str(error).strip().splitlines()[0]}"
         fix = "The log of the rank that ended first says why; the same command resumes."
         raise WorkerLostError(what, where=f"{role} {rank()}", fix=fix) from error

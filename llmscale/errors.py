@@ -85,6 +85,12 @@ class WorkerError(LlmscaleError):
 class WorkerLostError(WorkerError):
     """A worker died, gave up, or lost contact with its peers: nothing that the user did, so it may be started again."""
 
+    cause = "lost"  # or as the driver saw it: died, hung, node lost
+
+
+class SetAsideError(WorkerError):
+    """Every worker that was given a unit of work was lost over it: the fault is likely in the unit."""
+
 
 class Requeue(LlmscaleError):
     """Not a failure: the run was asked to stop, has saved, and goes on where it was when it is started again."""

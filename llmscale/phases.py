@@ -60,8 +60,17 @@ def last_end_s() -> float:
 
 def describe() -> str:
     """What every thread is in, as in `step > all_reduce (num_tokens), for 12 s`."""
+    return _describe(list(_open.values()))
+
+
+def describe_main() -> str:
+    """The same of the main thread alone."""
+    return _describe([_open.get(threading.main_thread().ident or 0, [])])
+
+
+def _describe(stacks: list[list[phase]]) -> str:
     now = time.monotonic()
-    threads = [list(stack) for stack in list(_open.values())]
+    threads = [list(stack) for stack in stacks]
     return "; ".join(
         f"{' > '.join(p.name + (f' ({_text(p.detail)})' if p.detail else '') for p in stack)}, "
         f"for {now - stack[-1].started_s:.0f} s"

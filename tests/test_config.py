@@ -93,7 +93,7 @@ def test_every_experiment_composes_and_survives_freezing(experiment: str, stage:
     [
         (stage, f"{group}={name}")
         for stage in ("pretrain", "rlhf")
-        for group in ("model", "engine", "cluster", "algorithm", "reward", "rollout", "environment")
+        for group in ("model", "engine", "cluster", "algorithm", "reward", "rollout", "environment", "chaos")
         for name in choices(group)
         if stage == "rlhf" or group in ("model", "engine", "cluster")
     ],
@@ -106,6 +106,7 @@ def test_every_choice_composes(stage: str, override: str, request: pytest.Fixtur
     more += [*ENVIRONMENT_NEEDS[name], "data.max_seq_len=512"] if group == "environment" else []
     more += ["rollout.path=r"] if override == "rollout=replay" else []
     more += ["engine=deepspeed"] if override.startswith("cluster=") else []  # some have several ranks
+    more += ["cluster=ray"] if group == "chaos" else []
     if override == "rollout=vllm":
         request.getfixturevalue("vllm_installed")
         more.append("cluster=ray")
@@ -333,6 +334,9 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
         ("rlhf", ["rollout.max_new_tokens=256"], "rollout.max_new_tokens"),
         ("rlhf", ["algorithm.global_batch_size=65"], "algorithm.global_batch_size"),
         ("rlhf", ["rollout.temperature=0"], "rollout.temperature"),
+        ("rlhf", ["chaos=all"], "chaos"),
+        ("rlhf", ["cluster=ray", "chaos=faults", "chaos.kill=[polcy]"], "chaos.kill"),
+        ("rlhf", ["cluster=ray", "chaos=faults", "chaos.every_s=0"], "chaos.every_s"),
         ("rlhf", ["rollout.top_p=0.9"], "rollout"),
         ("rlhf", ["rollout.top_k=5"], "rollout"),
         ("rlhf", ["training.keep_checkpoints=0"], "training.keep_checkpoints"),

@@ -36,6 +36,7 @@ SCHEMA_VERSION = 1
 MAY_CHANGE = (
     "tracking.",
     "cluster.",
+    "chaos",
     "data.cache_dir",
     "training.keep_checkpoints",
     "training.keep_best",

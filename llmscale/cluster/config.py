@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from llmscale.config import Problem, at_least
+from llmscale.config import Problem, at_least, option
+
+RLHF_ROLES = ("policy", "critic", "reference", "reward", "rollout")
 
 
 class Backend(Enum):
@@ -33,6 +35,35 @@ class PoolConfig:
         yield from at_least(self, num_workers=1, num_cpus=0, num_gpus=0)
 
 
+@option("chaos", "faults", builds="llmscale.cluster.chaos:Chaos")
+@dataclass
+class ChaosConfig:
+    """Faults that a run over Ray is given on purpose, to see that it goes on. Which and when is a function of the seed."""
+
+    name: str = "faults"
+    seed: int = 0
+    every_s: float = 60.0  # between two faults, on average
+    kill: list[str] = field(default_factory=list)  # roles one of whose workers is killed
+    stop: list[str] = field(default_factory=list)  # or stopped for good, as if it hung
+    delay: list[str] = field(default_factory=list)  # or stopped for a while
+    delay_s: float = 5.0
+
+    def of(self, roles: Collection[str]) -> list[tuple[str, str]]:
+        """(action, role) of all that may happen to a run with these roles."""
+        return [
+            (action, role) for action in ("kill", "stop", "delay") for role in getattr(self, action) if role in roles
+        ]
+
+    def problems(self) -> Iterator[Problem]:
+        yield from at_least(self, seed=0, delay_s=0)
+        if self.every_s <= 0:
+            yield "every_s", f"must be above 0, is {self.every_s}", "60 is one fault a minute."
+        for action in ("kill", "stop", "delay"):
+            for role in getattr(self, action):
+                if role not in RLHF_ROLES:
+                    yield action, f"there is no role {role!r}", f"Choose among {', '.join(RLHF_ROLES)}."
+
+
 @dataclass
 class ClusterConfig:
     """Supervised stages use the pool `trainer`; RLHF uses the other five; collect and rollout use reward and rollout."""
@@ -45,7 +76,13 @@ class ClusterConfig:
     # A rank of a supervised stage in which nothing has ended for so long ends itself, and says what it was doing; below
     # collective_timeout_s, which says less
     stall_timeout_s: float = 240.0
-    max_restarts: int = 2  # how often a supervised stage on Ray starts its pool again when a worker dies or gives up
+    # How often in an hour, for the same cause (died, hung, its node lost), a worker that is alone in what it does is replaced,
+    # and a pool of ranks that train together is started again from the last checkpoint; beyond it the run stops
+    max_restarts: int = 5
+    answer_timeout_s: float = 20.0  # a worker of RLHF, collect or rollout that does not answer for so long has hung
+    # Where nothing has moved for so long in RLHF, neither in the driver nor in a worker, it says who waits for whom; after
+    # twice that time it ends. Longer than the longest unit of work
+    progress_timeout_s: float = 900.0
     trainer: PoolConfig = field(default_factory=PoolConfig)
     policy: PoolConfig = field(default_factory=PoolConfig)
     critic: PoolConfig = field(default_factory=PoolConfig)
@@ -60,9 +97,9 @@ class ClusterConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
-        yield from at_least(self, stall_timeout_s=1, max_restarts=0)
+        yield from at_least(self, stall_timeout_s=1, max_restarts=0, answer_timeout_s=1, progress_timeout_s=1)
         if self.backend is Backend.local:
-            for role in ("policy", "critic", "reference", "reward", "rollout"):
+            for role in RLHF_ROLES:
                 if getattr(self, role).num_workers > 1:
                     what = "the local backend runs one worker of each role"
                     yield f"{role}.num_workers", what, "Add cluster=ray, or leave it at 1."

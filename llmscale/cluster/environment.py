@@ -9,6 +9,7 @@ import secrets
 def set_ray_environment(own_cluster: bool) -> None:
     """Call before ray is imported. `own_cluster`: Ray will be started here, for this run alone, instead of joined."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # each stands in two results, and we read the first
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without GPUs keeps its view of them
     if not own_cluster:
         return

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from llmscale.cluster.pool import WorkerPool
+from llmscale.cluster.pool import Instead, WorkerPool
 
 
 @dataclass
@@ -28,10 +28,13 @@ class LocalPool(WorkerPool):
     def call(self, method: Callable[..., Any], *args: Any) -> Done:
         return Done([method(self.worker, *args)])
 
+    def install(self, method: Callable[..., Any], *args: Any) -> Done:
+        return self.call(method, *args)
+
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Done:
         return Done(method(self.worker, list(items)))
 
-    def submit(self, method: Callable[..., Any], *args: Any) -> Future[Any]:
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Future[Any]:
         task: Future[Any] = Future()
         task.set_result(method(self.worker, *(arg.result() if isinstance(arg, Future) else arg for arg in args)))
         return task

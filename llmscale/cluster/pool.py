@@ -18,6 +18,9 @@ from typing import Any, Protocol
 from llmscale.cluster.config import ClusterConfig
 from llmscale.cluster.environment import set_ray_environment
 
+Event = Callable[..., None]  # a tracker's, called from any thread: kind, and details by name
+Instead = Callable[..., Any]  # what a unit was called with, and why there is no result -> what stands for it
+
 
 class Pending(Protocol):
     """Work that was started."""
@@ -28,6 +31,20 @@ class Pending(Protocol):
         Raises: the worker's own LlmscaleError, or a WorkerError that names role and rank.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a worker is about."""
+
+    where: str  # role and rank
+    pid: int
+    node: str  # Ray's id of it
+    method: str  # that it was called for; "": it is free
+    since_s: float  # `time.monotonic()` when that began
+    moved_s: float  # the same, when a phase of the worker last ended, as far as is known
+    inside: str  # the phases that it is in
+    raised: tuple[float, str] | None  # the first that its role raised: when, and the traceback
 
 
 class WorkerPool(ABC):
@@ -41,18 +58,34 @@ class WorkerPool(ABC):
         """The same call on every worker; one result a worker. Collective methods of roles are called this way."""
 
     @abstractmethod
+    def install(self, method: Callable[..., Any], *args: Any) -> Pending:
+        """The same call on every worker, and, before anything else, on each that takes another's place later: state that
+        units count on. The last one that was installed holds."""
+
+    @abstractmethod
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Pending:
         """`method(part)` on every worker with its part of the items, even an empty one; one result an item, in order."""
 
     @abstractmethod
-    def submit(self, method: Callable[..., Any], *args: Any) -> Future[Any]:
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Future[Any]:
         """`method(*args)` on whichever worker is free first; units begin in the order in which they are handed in. An
         argument may be a unit of another pool that has ended well: its result then goes from worker to worker, and not
-        through the driver. What a unit makes must not depend on the number of workers."""
+        through the driver. What a unit makes must not depend on the number of workers.
 
-    def units(self, method: Callable[..., Any], units: Iterable[Any]) -> Units:
+        `instead` makes what stands for the result where worker after worker was lost over the unit; else that is a
+        SetAsideError."""
+
+    def doing(self) -> list[Doing]:
+        """What each worker is about; nothing where workers are the driver itself."""
+        return []
+
+    def num_waiting(self) -> int:
+        """Calls that no worker has begun."""
+        return 0
+
+    def units(self, method: Callable[..., Any], units: Iterable[Any], instead: Instead | None = None) -> Units:
         """`submit` of each unit; one result a unit, in order."""
-        return Units([self.submit(method, unit) for unit in units])
+        return Units([self.submit(method, unit, instead=instead) for unit in units])
 
     def stream(self, method: Callable[..., Any], units: Iterable[Any]) -> Iterator[Any]:
         """The same for more units than memory holds: results one by one, in the order of the units, which are taken as
@@ -87,10 +120,13 @@ class Units:
 
 @contextmanager
 def opened_pools(
-    cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: Path
+    cluster: ClusterConfig,
+    roles: Mapping[str, Callable[[], Any]],
+    log_dir: Path,
+    event: Event = lambda kind, **details: None,
 ) -> Iterator[Mapping[str, WorkerPool]]:
     """One pool for each role while the context is open; afterwards no worker is left. `roles` maps a role's name (a field
-    of ClusterConfig) to what builds the role object on a worker.
+    of ClusterConfig) to what builds the role object on a worker; `event` is told of workers that are lost and replaced.
 
     Raises: ClusterError when the cluster lacks the resources.
     """
@@ -103,5 +139,5 @@ def opened_pools(
     set_ray_environment(own_cluster=cluster.address is None)
     from llmscale.cluster.ray import opened_ray_pools
 
-    with opened_ray_pools(cluster, roles, str(log_dir.resolve())) as pools:
+    with opened_ray_pools(cluster, roles, str(log_dir.resolve()), event) as pools:
         yield pools

@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig
+from llmscale.cluster.pool import Event
 from llmscale.cluster.ray_pool import RayPool
 from llmscale.cluster.reaper import Reaper
 from llmscale.errors import ClusterError
@@ -33,12 +34,12 @@ reapers: list[Reaper] = []  # of the Ray that this process has started
 
 @contextmanager
 def opened_ray_pools(
-    cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: str
+    cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: str, event: Event
 ) -> Iterator[dict[str, RayPool]]:
     """Connect to Ray or start it here, reserve a placement group for each role, and build every role at the same time."""
     pools: dict[str, RayPool] = {}
     try:
-        _open(pools, cluster, roles, log_dir)
+        _open(pools, cluster, roles, log_dir, event)
         yield pools
     finally:
         for pool in pools.values():
@@ -47,7 +48,11 @@ def opened_ray_pools(
 
 
 def _open(
-    pools: dict[str, RayPool], cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: str
+    pools: dict[str, RayPool],
+    cluster: ClusterConfig,
+    roles: Mapping[str, Callable[[], Any]],
+    log_dir: str,
+    event: Event,
 ) -> None:
     configs: dict[str, PoolConfig] = {name: getattr(cluster, name) for name in roles}
     listed = ", ".join(f"{config.num_workers} {name}" for name, config in configs.items())
@@ -63,11 +68,10 @@ def _open(
                 where=f"cluster.{name}",
                 fix="Another job may hold what it needs; or lower what this pool asks for.",
             )
-    threads = cluster.threads_per_worker
-    pools |= {name: RayPool(name, c, threads, groups[name], log_dir) for name, c in configs.items()}
-    building = [(pool, pool.start(roles[name], cluster.start_timeout_s)) for name, pool in pools.items()]
+    pools |= {name: RayPool(name, cluster, groups[name], log_dir, event) for name in configs}
+    building = [(pool, pool.start(roles[name])) for name, pool in pools.items()]
     for pool, refs in building:
-        pool.get(refs, list(range(pool.num_workers)), cluster.start_timeout_s)
+        pool.started(refs)
 
 
 def _shut_down() -> None:

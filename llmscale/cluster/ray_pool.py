@@ -1,197 +1,301 @@
-"""A pool of Ray actors. An actor is a shell round a role: it sets up its process, builds the role and calls its methods.
+"""A pool of Ray actors: the calls that wait for its workers, and what becomes of them when one is lost.
 
-Units of work have one queue a pool, and each worker a thread of the driver that hands it the next one, so that a unit never
-waits for what the driver does elsewhere. What a unit makes stays on the worker's node until somebody asks for it.
+Units of work have one queue a pool, calls of every worker one queue a worker, and each worker a thread of the driver that hands
+it the next (`ray_worker.py`), so that no worker waits for what the driver does elsewhere. What a call makes stays on the
+worker's node until somebody asks for it.
+
+A pool whose workers know nothing of each other *heals*: another worker takes the place of one that is lost, and the call that
+it was at is made again, whole. In the others a lost worker ends the work of all: every call that waits, and every later one,
+raises WorkerLostError, and whoever opened the pool goes back to a checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from llmscale.cluster.config import PoolConfig
-from llmscale.cluster.pool import WorkerPool
-from llmscale.cluster.shell import Place, Shell
-from llmscale.errors import LlmscaleError, WorkerError, WorkerLostError
+from llmscale.cluster.config import ClusterConfig, PoolConfig
+from llmscale.cluster.pool import Doing, Event, Instead, WorkerPool
+from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S, TICK_S, Call, Closed, Fault, RayWorker
+from llmscale.cluster.restarts import Restarts
+from llmscale.distributed import LOST_CONTACT
+from llmscale.errors import LlmscaleError, SetAsideError, WorkerError, WorkerLostError
 
-DIED = "this worker died"
-DEATH_IS_KNOWN_S = 5.0
+HEALING = (
+    "reference",
+    "reward",
+    "rollout",
+)  # they know nothing of other ranks, and have no state but what is installed
+MAX_DEATHS = 3  # of workers over one unit, which is then set aside
 
 
 @dataclass
-class RayPending:
-    pool: RayPool
-    refs: list[ray.ObjectRef]
-    ranks: list[int]
+class Calls:
+    """One call a worker."""
+
+    tasks: list[Call]
 
     def wait(self) -> list[Any]:
-        return self.pool.get(self.refs, self.ranks)
+        done, waiting = wait(self.tasks, return_when=FIRST_EXCEPTION)
+        for task in self.tasks:
+            if task in done and (error := task.exception()) is not None:
+                raise _first_cause(error, [task for task in self.tasks if task in waiting])
+        return [task.result() for task in self.tasks]
 
 
 @dataclass
-class RayParts:
+class Parts:
     """Results of parts that follow each other."""
 
-    pending: RayPending
+    calls: Calls
 
     def wait(self) -> list[Any]:
-        return [result for part in self.pending.wait() for result in part]
-
-
-class RayTask(Future[Any]):
-    """It holds where the result lies; `result` fetches it."""
-
-    def __init__(self, method: str, args: Sequence[Any]):
-        super().__init__()
-        self.method, self.args = method, args
-
-    @property
-    def ref(self) -> ray.ObjectRef:
-        return super().result()
-
-    def result(self, timeout: float | None = None) -> Any:
-        return ray.get(super().result(timeout))
+        return [result for part in self.calls.wait() for result in part]
 
 
 class RayPool(WorkerPool):
     """The pool of one role, in one placement group."""
 
     ahead = 8
+    build: Callable[[], Any]
 
-    def __init__(self, role: str, config: PoolConfig, threads: int, group: PlacementGroup, log_dir: str):
-        self.role, self.num_workers, self.group = role, config.num_workers, group
-        self.log_dir = log_dir
-        variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        resources = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "resources": dict(config.resources)}
-        self.actors: list[Any] = [
-            ray.remote(Shell)
-            .options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-                runtime_env={"env_vars": variables},
-                **resources,
-            )
-            .remote()
-            for rank in range(self.num_workers)
-        ]
-        self.threads = threads
-        self.queue: SimpleQueue[RayTask | None] = SimpleQueue()
-        self.servers: list[threading.Thread] = []  # one a worker, from the first unit on
+    def __init__(self, role: str, cluster: ClusterConfig, group: PlacementGroup, log_dir: str, event: Event):
+        config: PoolConfig = getattr(cluster, role)
+        self.role, self.num_workers, self.group, self.log_dir, self.event = (
+            role,
+            config.num_workers,
+            group,
+            log_dir,
+            event,
+        )
+        self.threads, self.start_timeout_s = cluster.threads_per_worker, cluster.start_timeout_s
+        # Ranks of a supervised stage watch each other, and know more: training/watchdog.py.
+        self.answer_timeout_s = cluster.answer_timeout_s if role != "trainer" else None
+        self.resources = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "resources": dict(config.resources)}
+        self.heals = role in HEALING
+        self.restarts = Restarts(cluster.max_restarts)
+        self.queue: deque[Call] = deque()  # of units, for whichever worker is free
+        self.installed: tuple[str, list[Any]] | None = None
+        self.closed = False
+        self.broken: LlmscaleError | None = None  # why it takes no more work
+        self.changed = threading.Condition()  # of all of these, and of the workers' calls
+        self.workers = [RayWorker(self, bundle) for bundle in range(self.num_workers)]
 
-    def start(self, build: Callable[[], Any], timeout_s: float) -> list[ray.ObjectRef]:
-        """Begin to build the role on every worker; returns what to wait for."""
-        ranks = list(range(self.num_workers))
-        nodes = self.get([actor.node.remote() for actor in self.actors], ranks, timeout_s)
+    def start(self, build: Callable[[], Any]) -> list[ray.ObjectRef]:
+        """Begin to build the role on every worker; returns what `started` waits for."""
+        self.build = build
+        arrivals = self._get([worker.actor.arrive.remote() for worker in self.workers])
+        nodes = [arrival.node for arrival in arrivals]
         # Ranks of a host follow each other, as under torchrun: parallelism within a host counts on it.
-        order = sorted(ranks, key=lambda i: nodes.index(nodes[i]))
-        self.actors, nodes = [self.actors[i] for i in order], [nodes[i] for i in order]
-        (port,) = self.get([self.actors[0].free_port.remote()], [0], timeout_s)
-        refs = []
-        for rank, actor in enumerate(self.actors):
-            local_rank, local_size = nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank])
-            place = Place(rank, self.num_workers, local_rank, local_size, (nodes[0], port))
-            log_file = f"{self.log_dir}/{self.role}-{rank}.log"
-            refs.append(actor.build.remote(build, place, self.threads, os.getcwd(), log_file))
-        return refs
+        order = sorted(range(self.num_workers), key=lambda i: nodes.index(nodes[i]))
+        self.workers, nodes = [self.workers[i] for i in order], [nodes[i] for i in order]
+        for rank, (worker, i) in enumerate(zip(self.workers, order, strict=True)):
+            worker.rank, worker.arrival = rank, arrivals[i]
+        (port,) = self._get([self.workers[0].actor.free_port.remote()])
+        master = (self.workers[0].arrival.address, port)
+        return [
+            worker.build(self.num_workers, nodes[:rank].count(nodes[rank]), nodes.count(nodes[rank]), master)
+            for rank, worker in enumerate(self.workers)
+        ]
 
-    def call(self, method: Callable[..., Any], *args: Any) -> RayPending:
-        shared = [ray.put(arg) for arg in args]  # once, not once a worker
-        refs = [actor.call.remote(method.__name__, shared) for actor in self.actors]
-        return RayPending(self, refs, list(range(self.num_workers)))
+    def started(self, building: list[ray.ObjectRef]) -> None:
+        """Wait until every worker has built its role; from then on they take calls."""
+        self._get(building)
+        for worker in self.workers:
+            worker.thread.start()
 
-    def map(self, method: Callable[..., Any], items: Sequence[Any]) -> RayParts:
+    def call(self, method: Callable[..., Any], *args: Any) -> Calls:
+        return self._call(method, args, keep=False)
+
+    def install(self, method: Callable[..., Any], *args: Any) -> Calls:
+        return self._call(method, args, keep=True)
+
+    def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Parts:
         # In a row, so that the samples of a prompt, which share it, stay together.
         cuts = [rank * len(items) // self.num_workers for rank in range(self.num_workers + 1)]
         parts = [list(items[start:stop]) for start, stop in pairwise(cuts)]
-        refs = [a.call.remote(method.__name__, (part,)) for a, part in zip(self.actors, parts, strict=True)]
-        return RayParts(RayPending(self, refs, list(range(self.num_workers))))
+        return Parts(Calls([self._add(Call(self, method.__name__, [part], r)) for r, part in enumerate(parts)]))
 
-    def submit(self, method: Callable[..., Any], *args: Any) -> RayTask:
-        task = RayTask(method.__name__, [arg.ref if isinstance(arg, RayTask) else arg for arg in args])
-        self.queue.put(task)
-        while len(self.servers) < self.num_workers:
-            server = threading.Thread(target=self._serve, args=(len(self.servers),), name=self.role, daemon=True)
-            self.servers.append(server)
-            server.start()
-        return task
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Call:
+        for arg in args:
+            if isinstance(arg, Call) and (error := arg.exception()) is not None:
+                raise error
+        return self._add(Call(self, method.__name__, args, instead=instead))
+
+    def doing(self) -> list[Doing]:
+        return [worker.doing() for worker in self.workers]
+
+    def num_waiting(self) -> int:
+        with self.changed:
+            return len(self._waiting())
 
     def close(self) -> None:
         """End the workers, and what they are about."""
-        for _ in self.servers:
-            self.queue.put(None)
-        for actor in self.actors:
-            ray.kill(actor)
-        for server in self.servers:
-            server.join()
+        with suppress(Closed):
+            self.closed = True
+            self.fail(WorkerLostError("its pool was closed", where=self.role))
+        for worker in self.workers:
+            worker.kill()
+        for worker in self.workers:
+            if worker.thread.ident is not None:
+                worker.thread.join()
 
-    def _serve(self, rank: int) -> None:
-        while (task := self.queue.get()) is not None:
-            if not task.set_running_or_notify_cancel():
-                continue
-            try:
-                call = self.actors[rank].call_apart.options(num_returns=2)
-                ended, result = call.remote(task.method, task.args)
-                ray.get(ended)
-            except RayError as error:
-                task.set_exception(self._explained(error, rank))
-            else:
-                task.set_result(result)
+    # ---------------------------------------------------------------- what the threads of the workers ask
 
-    def get(self, refs: list[ray.ObjectRef], ranks: list[int], timeout_s: float | None = None) -> list[Any]:
-        """Results in order; the first failure of any of them at once, since its peers may wait for it for ever."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        pending = dict(zip(refs, ranks, strict=True))
+    def next_call(self, worker: RayWorker) -> Call | None:
+        """What a worker does next; None: nothing, for a while. Raises: Closed."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed or self.broken or worker.calls or self.queue, TICK_S)
+            if self.closed or self.broken:
+                raise Closed
+            source = worker.calls or self.queue
+            return source.popleft() if source else None
+
+    def put_back(self, call: Call) -> None:
+        """To be made again, before any other."""
+        with self.changed:
+            if self.broken is None:
+                (self.queue if call.rank is None else self.workers[call.rank].calls).appendleft(call)
+                self.changed.notify_all()
+                return
+        self._refuse(call)
+
+    def submit_again(self, call: Call) -> Call:
+        """What it made is lost. Raises: WorkerLostError, where that was more than a result."""
+        if not self.heals:
+            what = f"what {call.method} made is lost, with the node that held it"
+            raise WorkerLostError(what, where=f"{self.role} {call.rank}")
+        return self._add(Call(self, call.method, call.args, call.rank, call.instead))
+
+    def lost(self, worker: RayWorker, call: Call | None, fault: Fault) -> None:
+        """What becomes of a call whose worker is lost. Raises: Closed, where the worker is not to be replaced."""
+        doing = {"at": call.method} if call is not None else {}
+        if not self.heals:
+            error = WorkerLostError(fault.what, where=worker.where, fix=worker.fix)
+            error.cause = fault.cause
+            if call is not None:
+                call.set_exception(error)
+            self.fail(error)
+        left = self.restarts.take(worker.where, fault.cause)
+        about = {"where": worker.where, "cause": fault.cause, "why": fault.what, **doing}
+        self.event("worker_lost", **about, restarts_left=left)
+        if call is not None:
+            call.victims.append((worker.where, fault.cause))
+            if call.rank is None and len(call.victims) >= MAX_DEATHS:
+                self._set_aside(call)
+                return
+            self.put_back(call)
+        if not left:
+            what = f"{fault.what}, after {self.restarts.limit} restarts within an hour ({fault.cause})"
+            self.fail(WorkerError(what, where=worker.where, fix=f"{worker.fix}. Or raise cluster.max_restarts."))
+
+    def fail(self, error: LlmscaleError) -> NoReturn:
+        """Take no more work. Raises: Closed, always."""
+        with self.changed:
+            self.broken = self.broken or error
+            waiting = self._waiting()
+            for queue in (self.queue, *(worker.calls for worker in self.workers)):
+                queue.clear()
+            self.changed.notify_all()
+        for call in waiting:
+            self._refuse(call)
+        raise Closed
+
+    def place_of(self, worker: RayWorker) -> tuple[int, int]:
+        """A free local rank on the node of a worker that takes another's place, and how many of the pool are there."""
+        others = {w.local_rank for w in self.workers if w is not worker and w.arrival.node == worker.arrival.node}
+        return min(set(range(len(others) + 1)) - others), len(others) + 1
+
+    def installed_before(self, worker: RayWorker) -> tuple[str, list[Any]] | None:
+        """The state that a new worker lacks, and that is not among the calls that wait for it."""
+        with self.changed:
+            waits = any((call.method, call.args) == self.installed for call in worker.calls)
+            return None if waits else self.installed
+
+    # ---------------------------------------------------------------- inside
+
+    def _call(self, method: Callable[..., Any], args: Sequence[Any], keep: bool) -> Calls:
+        shared = [ray.put(arg) for arg in args]  # once, not once a worker
+        calls = [Call(self, method.__name__, shared, rank) for rank in range(self.num_workers)]
+        with self.changed:  # a worker that comes up now has either both of these or none
+            if keep:
+                self.installed = (method.__name__, shared)
+            for call in calls:
+                self._add(call)
+        return Calls(calls)
+
+    def _add(self, call: Call) -> Call:
+        with self.changed:
+            if self.broken is None:
+                (self.queue if call.rank is None else self.workers[call.rank].calls).append(call)
+                self.changed.notify_all()
+                return call
+        self._refuse(call)
+        return call
+
+    def _waiting(self) -> list[Call]:
+        return [*self.queue, *(call for worker in self.workers for call in worker.calls)]
+
+    def _refuse(self, call: Call) -> None:
+        assert self.broken is not None
+        if call.running() or call.set_running_or_notify_cancel():
+            call.set_exception(self.broken)
+
+    def _set_aside(self, call: Call) -> None:
+        for victim in call.victims:
+            self.restarts.give_back(*victim)
+        who = ", ".join(f"{where} ({cause})" for where, cause in call.victims)
+        what = f"{len(call.victims)} workers were lost over this unit of {call.method}: {who}"
+        self.event("unit_set_aside", where=self.role, why=what)
+        if call.instead is None:
+            call.set_exception(SetAsideError(what, where=self.role, fix="Their logs may say why."))
+        else:
+            args = [arg.result() if isinstance(arg, Call) else arg for arg in call.args]
+            call.set_result(ray.put(call.instead(*args, what)))
+
+    def _get(self, refs: list[ray.ObjectRef]) -> list[Any]:
+        """Results in order, while the pool comes up; the first failure of any of them at once, for its peers may wait for
+        it for ever."""
+        deadline = time.monotonic() + self.start_timeout_s
+        pending = dict(zip(refs, self.workers, strict=False))
         results: dict[ray.ObjectRef, Any] = {}
         while pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                rank = min(pending.values())
-                what = f"did not come up in {timeout_s:.0f} s (cluster.start_timeout_s)"
-                raise WorkerError(what, where=f"{self.role} {rank}", fix=self._see_log(rank))
-            rank = pending.pop(ready[0])
+                worker = next(iter(pending.values()))
+                what = f"did not come up in {self.start_timeout_s:.0f} s (cluster.start_timeout_s)"
+                raise WorkerError(what, where=self.role)
+            worker = pending.pop(ready[0])
             try:
                 results[ready[0]] = ray.get(ready[0])
+            except RayTaskError as error:
+                raise worker.explained(error) from error
             except RayError as error:
-                raise self._first_cause(self._explained(error, rank), pending) from error
+                what = "this worker died" if isinstance(error, RayActorError) else str(error)
+                raise WorkerLostError(what, where=worker.where, fix=worker.fix) from error
         return [results[ref] for ref in refs]
 
-    def _explained(self, error: RayError, rank: int) -> LlmscaleError:
-        kind: type[WorkerError] = WorkerLostError
-        if isinstance(error, RayTaskError):
-            if isinstance(error.cause, LlmscaleError):
-                return error.cause
-            kind, what = WorkerError, f"{type(error.cause).__name__}: {error.cause}"
-        elif isinstance(error, RayActorError):
-            what = DIED
-        else:
-            what = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        return kind(what, where=f"{self.role} {rank}", fix=self._see_log(rank))
 
-    def _first_cause(self, error: LlmscaleError, pending: dict[ray.ObjectRef, int]) -> LlmscaleError:
-        """A worker that lost its peers knows less than Ray does of the peer that died; the two are told at about the
-        same time."""
-        if not isinstance(error, WorkerLostError) or not pending:
-            return error
-        found: list[LlmscaleError] = [error]
-        for ref in ray.wait(list(pending), num_returns=len(pending), timeout=DEATH_IS_KNOWN_S)[0]:
-            try:
-                ray.get(ref)
-            except RayError as other:
-                found.append(self._explained(other, pending[ref]))
-        died = [e for e in found if type(e) is not WorkerLostError or e.what == DIED]
-        return (died or found)[0]
-
-    def _see_log(self, rank: int) -> str:
-        return f"Its log: {self.log_dir}/{self.role}-{rank}.log"
+def _first_cause(error: BaseException, waiting: list[Call]) -> BaseException:
+    """A worker that lost its peers knows less than Ray does of the peer that died; the two are told at about the same
+    time."""
+    if type(error) is not WorkerLostError or not waiting:
+        return error
+    found: list[BaseException] = [error]
+    for call in wait(waiting, timeout=DEATH_IS_KNOWN_S)[0]:
+        with suppress(RayError):
+            other = call.exception()
+            found += [other] if other is not None else []
+    died = [e for e in found if type(e) is not WorkerLostError or not e.what.startswith(LOST_CONTACT)]
+    return (died or found)[0]

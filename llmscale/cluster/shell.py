@@ -12,36 +12,51 @@ from typing import Any
 
 import ray
 
+from llmscale.cluster.pulse import Address, Pulse
 from llmscale.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Where a worker's process is."""
+
+    node: str  # Ray's id of its node
+    address: str  # of the node
+    pid: int
+    pulse: Address
 
 
 @dataclass(frozen=True)
 class Place:
     """A worker's place in its pool."""
 
+    role: str
     rank: int
     size: int
     local_rank: int  # among the pool's workers on its node
     local_size: int
-    master: tuple[str, int]  # address and port of rank 0
+    master: Address  # of rank 0
 
 
 class Shell:
     """The process of one worker."""
 
-    def node(self) -> str:
-        return ray.util.get_node_ip_address()
+    def arrive(self) -> Arrival:
+        address = ray.util.get_node_ip_address()
+        self.pulse = Pulse(address)
+        return Arrival(ray.get_runtime_context().get_node_id(), address, os.getpid(), self.pulse.address)
 
     def free_port(self) -> int:
         with socket.socket() as probe:
-            probe.bind((self.node(), 0))
+            probe.bind((ray.util.get_node_ip_address(), 0))
             return probe.getsockname()[1]
 
     def build(self, role: Callable[[], Any], place: Place, threads: int, directory: str, log_file: str) -> None:
         """Set this process up as torch.distributed and DeepSpeed read it from the environment, then make the role."""
+        node = ray.util.get_node_ip_address()
         if not Path(directory).is_dir():
             fix = "Every host needs the driver's working directory, for relative paths mean it."
-            raise ClusterError(f"{directory} does not exist on {self.node()}", where="cluster", fix=fix)
+            raise ClusterError(f"{directory} does not exist on {node}", where="cluster", fix=fix)
         os.chdir(directory)
         _redirect_output(Path(log_file))
         address, port = place.master
@@ -57,20 +72,23 @@ class Shell:
             "MASTER_PORT": str(port),
         }
         print(
-            f"rank {place.rank} of {place.size} on {socket.gethostname()} ({self.node()}), pid {os.getpid()}",
+            f"rank {place.rank} of {place.size} on {socket.gethostname()} ({node}), pid {os.getpid()}",
             flush=True,
         )
         import torch
 
+        from llmscale.distributed import explaining_losses
+
         torch.set_num_threads(threads)
-        self.role = role()
+        self.place, self.explaining_losses = place, explaining_losses
+        with explaining_losses(place.role):
+            self.role = role()
 
-    def call(self, method: str, args: Sequence[Any]) -> Any:
-        return getattr(self.role, method)(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
-
-    def call_apart(self, method: str, args: Sequence[Any]) -> tuple[None, Any]:
-        """The same; whoever waits for its end, or why there is none, need not fetch the result."""
-        return None, self.call(method, args)
+    def call(self, method: str, args: Sequence[Any]) -> tuple[None, Any]:
+        """What the method returns, behind an empty result: whoever waits for its end, or why there is none, need not fetch
+        what it made."""
+        with self.explaining_losses(self.place.role):
+            return None, getattr(self.role, method)(*(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args))
 
 
 def _redirect_output(log_file: Path) -> None:

@@ -34,6 +34,26 @@ def check_weights(requests: Sequence[SamplingRequest], held: int) -> None:
             )
 
 
+def unsampled(requests: Sequence[SamplingRequest], why: str) -> list[Trajectory]:
+    """What stands for samples that no worker could make: their prompts, and why nothing follows."""
+    return [_without_completion(request, len(request.prompt.token_ids), why) for request in requests]
+
+
+def _without_completion(request: SamplingRequest, length: int, why: str) -> Trajectory:
+    return Trajectory(
+        draw_id=request.draw_id,
+        sample_index=request.sample_index,
+        token_ids=request.prompt.token_ids,
+        loss_mask=np.zeros(length, dtype=bool),
+        rollout_logprobs=np.zeros(length, dtype=np.float32),
+        weight_versions=np.full(length, -1, dtype=np.int32),
+        finished=False,
+        prompt=request.prompt,
+        completion="",
+        failure=why,
+    )
+
+
 def check_newer(version: int, held: int) -> None:
     """Raises: WeightMismatchError unless weights of `version` are newer than those held."""
     if version <= held:

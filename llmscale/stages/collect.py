@@ -73,7 +73,7 @@ class Collection:
         with finishing(self.tracker):
             self.tracker.event("resumed" if done else "plan", step=done, **self.plan())
             if done < self.num_steps:
-                with opened_roles(self.config, self.directory, ROLES) as pools, signals.deferred():
+                with opened_roles(self.config, self.directory, ROLES, self.tracker) as pools, signals.deferred():
                     self.sample_from(done, pools)
             found = write_collected(path, self.config, self.prompts)
             written = {n: v for n, v in found["metrics"].items() if n.startswith(("rankings/", "sft/"))}

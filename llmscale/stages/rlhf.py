@@ -20,6 +20,7 @@ from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
+from llmscale.phases import phase
 from llmscale.protocols import SamplingRequest, Score
 from llmscale.rewards.diversity import diversity_metrics
 from llmscale.rl.admission import (
@@ -43,6 +44,7 @@ from llmscale.rl.experience import (
     overlong_penalty,
 )
 from llmscale.rl.kl import AdaptiveCoefficient
+from llmscale.rollout.completion import unsampled
 from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
 from llmscale.stages.rlhf_config import OnNonfinite, RlhfConfig
@@ -137,13 +139,13 @@ class Rlhf:
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         if self.replay is not None:
             return self.replay.generate(requests)
-        units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests)).wait()
+        units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests), instead=unsampled).wait()
         return [trajectory for unit in units for trajectory in unit]
 
     def score(self, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
         """Rewards, and every model's view of every token; the pools work side by side. Samples without a reward are left
         out of the first list."""
-        rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
+        rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories), instead=unjudged)
         old_logprobs = self.view("policy", PolicyRole.logprobs, trajectories)
         ref_logprobs = self.reference(trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
@@ -215,7 +217,7 @@ class Rlhf:
             return
         handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
         self.weights = self.versions.next()
-        self.pools["rollout"].call(RolloutRole.load_weights, self.weights, handles).wait()
+        self.pools["rollout"].install(RolloutRole.load_weights, self.weights, handles).wait()
 
     def evaluate(self) -> Metrics:
         """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on
@@ -225,8 +227,8 @@ class Rlhf:
         with self.timed("evaluate"):
             held_out = enumerate(self.prompts.validation)
             trajectories = self.sample([SamplingRequest(p, -1 - i, 0, weights=self.weights) for i, p in held_out])
-            units = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories)).wait()
-        scores, true = self.rewards(trajectories, units, self.step)
+            rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories), instead=unjudged)
+        scores, true = self.rewards(trajectories, rewards.wait(), self.step)
         kept = admitted(trajectories, scores, whole_draws=False)
         check_some_left(len(kept), trajectories, scores)
         metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
@@ -246,9 +248,15 @@ class Rlhf:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with phase(name):
+            yield
         key = f"timing_s/{name}"
         self.timings[key] = self.timings.get(key, 0.0) + time.perf_counter() - started
+
+
+def unjudged(trajectories: Sequence[Trajectory], why: str) -> list[tuple[Score, Score | None]]:
+    """What stands for the scores of samples that no worker could give."""
+    return [(Score(None, why=why), None) for _ in trajectories]
 
 
 def _means(prefix: str, steps: Sequence[Metrics]) -> Metrics:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from llmscale.cluster.config import ChaosConfig
 from llmscale.config import STAGE, Problem, at_least, option
 from llmscale.engine.config import Precision
 from llmscale.optim.config import OptimConfig
@@ -73,6 +74,7 @@ class RlhfConfig(TrainedConfig):
     environment: EnvironmentConfig | None = None  # what answers the policy between its turns; None: it has one turn
     critic: CriticConfig = field(default_factory=CriticConfig)
     training: RlhfTrainingConfig = field(default_factory=RlhfTrainingConfig)
+    chaos: ChaosConfig | None = None  # faults on purpose
     record: bool = False  # all that is sampled, in completions.jsonl: rollout=replay trains from it without an engine
 
     @property
@@ -136,6 +138,8 @@ class RlhfConfig(TrainedConfig):
         yield from sampling_problems(self)
         if self.record and self.replays:
             yield "record", "there is nothing new to record in what is replayed", "Leave it out."
+        if self.chaos is not None and self.cluster.one_process:
+            yield "chaos", "there are no workers but the driver itself", "Add cluster=ray or cluster=laptop."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.rollout.truncates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool
 from llmscale.cluster.publish import VersionCounter
-from llmscale.config import to_dict
+from llmscale.config import build, to_dict
 from llmscale.data.chat import CUT, ChatRenderer, Message
 from llmscale.data.splits import load_prompts
 from llmscale.errors import ConfigError, LlmscaleError, Requeue
@@ -29,12 +29,14 @@ from llmscale.rollout.recording import COMPLETIONS, to_record
 from llmscale.rollout.replay import Replay
 from llmscale.stages.answering_config import RolloutStageConfig, SamplingConfig
 from llmscale.stages.config import check_context
+from llmscale.stages.progress import ProgressWatch
 from llmscale.stages.replayed import open_replay
+from llmscale.stages.restarting import restarting
 from llmscale.stages.rlhf import Metrics, Rlhf
 from llmscale.stages.rlhf_config import RlhfConfig, rewards_of
 from llmscale.stages.roles import CriticRole, PolicyRole, observation_renderer, opened_roles
 from llmscale.tracking.composite import finishing, open_trackers
-from llmscale.tracking.jsonl import METRICS, RecordFile, last_metrics, read_jsonl
+from llmscale.tracking.jsonl import EVENTS, METRICS, RecordFile, iter_jsonl, last_metrics, read_jsonl
 from llmscale.training.stop import signals
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ TRAINED = {"policy": PolicyRole, "critic": CriticRole}
 
 
 def run(config: RlhfConfig) -> dict[str, Any]:
-    return run_once(config.run_dir, config, lambda directory: RlhfRun(config, directory).train())
+    """When a rank of policy or critic is lost, all state goes back together to the newest checkpoint, and the run goes on."""
+
+    def train(directory: RunDirectory) -> dict[str, Any]:
+        return restarting(config, directory.path, lambda: RlhfRun(config, directory).train())
+
+    return run_once(config.run_dir, config, train)
 
 
 class RlhfRun:
@@ -166,10 +173,20 @@ class RlhfRun:
     @contextmanager
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
         started = time.perf_counter()
-        with opened_roles(self.config, self.directory, self.config.roles) as pools:
+        with opened_roles(self.config, self.directory, self.config.roles, self.tracker) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
-            yield pools
+            report = lambda text: self.tracker.event("stalled", why=text)  # noqa: E731
+            with ProgressWatch(pools, self.config.cluster.progress_timeout_s, report), self.chaos(pools):
+                yield pools
+
+    def chaos(self, pools: Mapping[str, WorkerPool]) -> AbstractContextManager[None]:
+        """It goes on where an earlier attempt was, whose faults are among the events."""
+        if self.config.chaos is None:
+            return nullcontext()
+        past = sum(event["kind"] == "chaos" for event in iter_jsonl(self.directory.path / EVENTS))
+        context: AbstractContextManager[None] = build(self.config.chaos, pools, past, self.tracker.event)
+        return context
 
     def open_tracker(self, checkpoint: Checkpoint | None) -> Tracker:
         return open_trackers(

@@ -34,7 +34,7 @@ from llmscale.models.loading import (
     load_tokenizer,
 )
 from llmscale.optim.config import OptimConfig
-from llmscale.protocols import Digests, Forward, RolloutEngine, SamplingRequest, Score, TrainEngine
+from llmscale.protocols import Digests, Forward, RolloutEngine, SamplingRequest, Score, Tracker, TrainEngine
 from llmscale.rewards.weighted import build_reward
 from llmscale.rl.experience import Algorithm, Experience
 from llmscale.rl.objectives import PolicyObjective, ValueObjective, state_values
@@ -229,12 +229,12 @@ ROLES = {
 
 @contextmanager
 def opened_roles(
-    config: StageConfig, directory: RunDirectory, names: Iterable[str]
+    config: StageConfig, directory: RunDirectory, names: Iterable[str], tracker: Tracker
 ) -> Iterator[Mapping[str, WorkerPool]]:
-    """A pool of each role of a run that is named, while the context is open."""
+    """A pool of each role of a run that is named, while the context is open; `tracker` is told what becomes of workers."""
     config_file = str((directory.path / "config.yaml").resolve())
     builds = {name: partial(ROLES[name], config_file) for name in names}
-    with opened_pools(config.cluster, builds, directory.attempt_dir) as pools:
+    with opened_pools(config.cluster, builds, directory.attempt_dir, tracker.event) as pools:
         yield pools
 
 

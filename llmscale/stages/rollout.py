@@ -80,7 +80,7 @@ class BatchInference:
         with closing(RecordFile(self.directory.path / COMPLETIONS, lambda _: next(kept, None) is not None)) as file:
             if done == self.num_steps:
                 return
-            with opened_roles(self.config, self.directory, self.roles) as pools, signals.deferred():
+            with opened_roles(self.config, self.directory, self.roles, tracker) as pools, signals.deferred():
                 for step, records, metrics in self.steps(done, pools):
                     file.append(records)
                     tracker.log(step, metrics)  # last: it says that the step is whole

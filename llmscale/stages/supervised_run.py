@@ -4,7 +4,6 @@ the ranks that torchrun or srun started.
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,12 @@ from llmscale import distributed
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, wait_for_writer
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import load
-from llmscale.errors import Requeue, WorkerLostError
+from llmscale.errors import Requeue
 from llmscale.stages.config import SupervisedConfig
+from llmscale.stages.restarting import restarting
 from llmscale.stages.supervised import ROLE, SupervisedRun
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
-from llmscale.tracking.jsonl import append_event
 from llmscale.training.stop import FILE as STOP
 from llmscale.training.stop import signals
 from llmscale.training.watchdog import forget, last_words
@@ -78,19 +77,8 @@ class TrainerRole:
 
 def train_on_ray(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:
     """Train in a pool of ranks; when one of them dies, in another pool from the last checkpoint on."""
-    for restarts_left in reversed(range(config.cluster.max_restarts + 1)):
-        try:
-            return train_in_pool(config, directory)
-        except WorkerLostError as error:
-            if signals.received:  # whoever ends the whole job may have signalled the ranks too
-                raise KeyboardInterrupt from error
-            said = last_words(directory.path, config.cluster.trainer.num_workers)
-            cause = {"where": error.where, "why": error.what, "said": said or error.fix}
-            append_event(directory.path, "worker_lost", **cause, restarts_left=restarts_left)
-            print(f"{config.stage}: {error.where}: {error.what}; {said or error.fix}", file=sys.stderr, flush=True)
-            if not restarts_left:
-                raise
-    raise AssertionError
+    said = partial(last_words, directory.path, config.cluster.trainer.num_workers)
+    return restarting(config, directory.path, lambda: train_in_pool(config, directory), said)
 
 
 def train_in_pool(config: SupervisedConfig, directory: RunDirectory) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmscale.errors import Requeue
+from llmscale.errors import Requeue, WorkerLostError
 from llmscale.tracking.config import TrackingConfig, WandbMode
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.jsonl import JsonlTracker
@@ -87,13 +87,17 @@ def open_trackers(
 
 @contextmanager
 def finishing(tracker: Tracker) -> Iterator[None]:
-    """Finish the tracker with how the block ended: done, stopped (to be requeued), interrupted or failed."""
+    """Finish the tracker with how the block ended: done, stopped (to be requeued), interrupted, lost (a worker, so that it
+    may go on) or failed."""
     status = "failed"
     try:
         yield
         status = "done"
     except Requeue:
         status = "stopped"
+        raise
+    except WorkerLostError:
+        status = "lost"
         raise
     except KeyboardInterrupt:
         status = "interrupted"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,14 +62,16 @@ class JsonlTracker:
 
 
 class RecordFile:
-    """A file of JSON lines to append to; what was appended has reached the operating system when the call returns, and the
-    disk after `sync` or `close`. Opened again, it loses half a record at its end and every record that is not `is_kept`.
+    """A file of JSON lines to append to, from any thread; what was appended has reached the operating system when the call
+    returns, and the disk after `sync` or `close`. Opened again, it loses half a record at its end and every record that is
+    not `is_kept`.
 
     Raises: RunError when it cannot be written, DataError when it is damaged before its last line.
     """
 
     def __init__(self, path: Path, is_kept: Callable[[Mapping[str, Any]], bool] = lambda record: True):
         self.path = path
+        self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.num_dropped = _cut(path, is_kept)  # whole records
@@ -78,9 +81,11 @@ class RecordFile:
             raise self._not_writable(error) from error
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        lines = "".join(_to_line(record) for record in records)
         try:
-            self._file.write("".join(_to_line(record) for record in records))
-            self._file.flush()
+            with self._lock:
+                self._file.write(lines)
+                self._file.flush()
         except OSError as error:
             raise self._not_writable(error) from error
 

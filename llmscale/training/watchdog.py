@@ -60,17 +60,11 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        since_s = seen_s = time.monotonic()
-        while not self._closed.wait(self._tick_s):
-            now = time.monotonic()
-            if now - seen_s > 5 * self._tick_s:
-                since_s = now  # the whole process was stopped for a while, which is no fault of its own
-            seen_s, since_s = now, max(since_s, phases.last_end_s())
-            if now - since_s > self._timeout_s:
-                last = threading.Thread(target=self._give_up, args=(now - since_s,), daemon=True)
-                last.start()
-                last.join(LAST_WORDS_S)
-                os._exit(EXIT_CODE)  # not sys.exit: the main thread would have to move
+        def look(idle_s: float) -> None:
+            if idle_s > self._timeout_s:
+                end_process(lambda: self._give_up(idle_s))
+
+        watch_idleness(self._closed, phases.last_end_s, self._tick_s, look)
 
     def _tell(self) -> None:
         while not self._closed.wait(self._tick_s):
@@ -113,6 +107,27 @@ class Watchdog:
             )
         lines = [line for _, line in sorted(said)]
         return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
+
+
+def watch_idleness(
+    closed: threading.Event, last_move_s: Callable[[], float], tick_s: float, look: Callable[[float], None]
+) -> None:
+    """Until `closed`, tell `look` every tick for how long nothing has moved. `last_move_s`: when something did, as
+    `time.monotonic()` has it."""
+    since_s = seen_s = time.monotonic()
+    while not closed.wait(tick_s):
+        now = time.monotonic()
+        if now - seen_s > 5 * tick_s:
+            since_s = now  # the whole process was stopped for a while, which is no fault of its own
+        seen_s, since_s = now, max(since_s, last_move_s())
+        look(now - since_s)
+
+
+def end_process(last_words: Callable[[], None]) -> None:
+    last = threading.Thread(target=last_words, daemon=True)
+    last.start()
+    last.join(LAST_WORDS_S)
+    os._exit(EXIT_CODE)  # not sys.exit: the main thread would have to move
 
 
 def forget(run_dir: Path) -> None:

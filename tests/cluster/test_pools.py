@@ -48,7 +48,8 @@ class Adder:
 
 @pytest.fixture(scope="module")
 def ray_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, WorkerPool]]:
-    cluster = ClusterConfig(backend=Backend.ray, reference=PoolConfig(2, 0.5), reward=PoolConfig(1, 0.5))
+    half = PoolConfig(1, 0.5)
+    cluster = ClusterConfig(backend=Backend.ray, reference=PoolConfig(2, 0.5), reward=half, max_restarts=0)
     roles = {"reference": partial(Adder, 10), "reward": partial(Adder, 100)}
     with opened_pools(cluster, roles, tmp_path_factory.mktemp("logs")) as pools:
         yield pools
