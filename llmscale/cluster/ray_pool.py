@@ -88,6 +88,7 @@ class RayPool(WorkerPool):
         self.threads = threads
         self.queue: SimpleQueue[RayTask | None] = SimpleQueue()
         self.servers: list[threading.Thread] = []  # one a worker, from the first unit on
+        self.serving = threading.Lock()  # units are handed in by threads of other pools too, where one follows another
 
     def start(self, build: Callable[[], Any], timeout_s: float) -> list[ray.ObjectRef]:
         """Begin to build the role on every worker; returns what to wait for."""
@@ -120,10 +121,11 @@ class RayPool(WorkerPool):
     def submit(self, method: Callable[..., Any], *args: Any) -> RayTask:
         task = RayTask(method.__name__, [arg.ref if isinstance(arg, RayTask) else arg for arg in args])
         self.queue.put(task)
-        while len(self.servers) < self.num_workers:
-            server = threading.Thread(target=self._serve, args=(len(self.servers),), name=self.role, daemon=True)
-            self.servers.append(server)
-            server.start()
+        with self.serving:
+            while len(self.servers) < self.num_workers:
+                server = threading.Thread(target=self._serve, args=(len(self.servers),), name=self.role, daemon=True)
+                self.servers.append(server)
+                server.start()
         return task
 
     def close(self) -> None:
