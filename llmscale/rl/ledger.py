@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmscale.errors import RunError
-from llmscale.protocols import State
+
+if TYPE_CHECKING:
+    from llmscale.protocols import State
 
 DRAWS = "draws.jsonl"
 

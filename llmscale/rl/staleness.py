@@ -37,12 +37,8 @@ def staleness(trajectories: Sequence[Trajectory], updates: Mapping[int, int], no
 
 def age_metrics(ages: Mapping[int, int]) -> dict[str, float]:
     """`ages`: the staleness of each draw."""
-    if not ages:
-        return {}
-    return {
-        "rollout/staleness": float(np.mean(list(ages.values()))),
-        "rollout/staleness_max": float(max(ages.values())),
-    }
+    found = list(ages.values())
+    return {"rollout/staleness": float(np.mean(found)), "rollout/staleness_max": float(np.max(found))}
 
 
 def check_staleness(trajectories: Sequence[Trajectory], ages: np.ndarray, bound: int) -> None:

@@ -40,6 +40,7 @@ from llmscale.rl.experience import (
     check_on_policy,
     groups_of,
     is_informative,
+    logprob_difference,
     minibatches,
     overlong_penalty,
 )
@@ -91,7 +92,8 @@ class Rlhf:
         self.timings = {}
         scored, sampled, metrics = self.collect()
         ages = self.ages(sampled)
-        metrics |= age_metrics(ages)
+        if self.config.training.max_staleness:
+            metrics |= age_metrics(ages)
         trained_version = None if self.replay is not None else self.weights
         experience, found = build_experience(self.algorithm, scored, self.kl_coef.value, trained_version)
         metrics |= found
@@ -282,14 +284,24 @@ class Rlhf:
             requests = [SamplingRequest(p, -1 - i, 0, weights=self.weights) for i, p in held_out]
             trajectories = self.of_units("rollout", RolloutRole.generate, requests)
             given = self.of_units("reward", RewardRole.score, trajectories)
+            compared = self.compared(trajectories)
         scores, true = self.rewards(trajectories, given, self.step)
         kept = admitted(trajectories, scores, whole_draws=False)
         check_some_left(len(kept), trajectories, scores)
         metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
-        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | self.of_rollouts(trajectories)
+        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | self.of_rollouts(trajectories) | compared
         metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
         timing = {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
         return {f"eval/{name}": value for name, value in metrics.items()} | timing
+
+    def compared(self, trajectories: Sequence[Trajectory]) -> Metrics:
+        """Rollout with trainer, where no sample that is trained on may be of the weights that are trained."""
+        if not self.config.training.max_staleness:
+            return {}
+        difference = logprob_difference(trajectories, self.view("policy", PolicyRole.logprobs, trajectories)())
+        found = {} if difference is None else {"rollout/logprob_diff": difference}
+        check_on_policy(found, self.config.max_logprob_diff)
+        return found
 
     def of_rollouts(self, trajectories: Sequence[Trajectory]) -> Metrics:
         turns = turn_metrics(trajectories) if self.config.environment is not None else {}

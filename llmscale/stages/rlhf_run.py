@@ -257,7 +257,16 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
         "workers": {name: getattr(config.cluster, name).num_workers for name in config.roles},
         "parameters": num_parameters(policy),
         "trained_parameters": num_parameters(policy, trained_only=True),
+        **staleness_plan(config),
     } | ({"reference": "the policy without its adapter"} if config.reference_is_base else {})
+
+
+def staleness_plan(config: RlhfConfig) -> dict[str, Any]:
+    """How far sampling may be ahead, and what makes up for it."""
+    algorithm, bound = config.settled_algorithm, config.training.max_staleness
+    correction = getattr(algorithm, "correction", None)  # an algorithm of the user's own may know of none
+    named = {"correction": correction.value} if correction is not None else {}
+    return {"max_staleness": bound, **named} if bound else {}
 
 
 def record_of(sample: Scored) -> dict[str, Any]:
