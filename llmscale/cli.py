@@ -36,6 +36,7 @@ SUMMARY = {
 }
 VERBS = {  # what takes arguments of its own instead of a config
     "checkpoint": ("llmscale.stages.checkpoints:run", "list, verify, export or pin the checkpoints of a run"),
+    "inspect": ("llmscale.stages.inspection:run", "what became of the draws of an RLHF run, and what happened to it"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -138,7 +138,7 @@ class SamplingRequest:
     draw_id: int
     sample_index: int
     turn: int = 0  # of the policy's in this sample; the prompt then ends with the observation that it answers
-    weights: int | None = None  # the version to sample with; None: whichever the engine holds
+    weights: int | None = None  # the oldest version to sample with; None: whichever the engine holds
     begun: Trajectory | None = None  # what was sampled of it before it was interrupted; it goes on from there
 
 
@@ -146,7 +146,9 @@ class RolloutEngine(Protocol):
     """Token ids in; token ids and the sampled tokens' log-probabilities out."""
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
-        """Raises: WeightMismatchError when it holds other weights than those that a request is for."""
+        """All with the weights that it holds, whose version is on every token.
+
+        Raises: WeightMismatchError when these are older than a request allows."""
         ...
 
     def interrupt(self) -> None:

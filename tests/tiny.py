@@ -92,9 +92,10 @@ def trajectory(
     sample_index: int = 0,
     completion: str = "",
     finished: bool = True,
+    version: int = 0,
     **fields: Any,
 ) -> Trajectory:
-    """One whose tokens at 1 in `own` are the policy's; their rollout log-probability is -1."""
+    """One whose tokens at 1 in `own` are the policy's, of weights `version`; their rollout log-probability is -1."""
     mask = np.array(own, dtype=bool)
     return Trajectory(
         draw_id=draw_id,
@@ -102,7 +103,7 @@ def trajectory(
         token_ids=np.array(token_ids, dtype=np.int64),
         loss_mask=mask,
         rollout_logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
-        weight_versions=np.where(mask, 0, -1).astype(np.int32),
+        weight_versions=np.where(mask, version, -1).astype(np.int32),
         finished=finished,
         prompt=prompt(token_ids[: int(mask.argmax())], **fields),
         completion=completion,

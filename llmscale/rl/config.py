@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from omegaconf import MISSING
@@ -56,6 +56,10 @@ class AlgorithmConfig:
         """Whether samples that another distribution than the trainer's drew are weighed."""
         return False
 
+    def chosen_for(self, stale: bool) -> AlgorithmConfig:
+        """What is left to be chosen automatically, chosen. `stale`: samples may be of older weights than those trained."""
+        return self
+
     @property
     def needs_groups(self) -> bool:
         """Whether a sample is compared with others of its prompt."""
@@ -97,6 +101,7 @@ class Average(Enum):
 
 
 class Correction(Enum):
+    auto = "auto"  # truncated where samples may be of older weights than those that are trained, else none
     none = "none"
     truncated = "truncated"  # each token by its ratio, at most correction_high (TIS)
     masked = "masked"  # the same, and not at all outside [correction_low, correction_high]
@@ -125,7 +130,7 @@ class PolicyGradientConfig(AlgorithmConfig):
     mask_unfinished: bool = False  # samples cut off at the length limit are not learned from (DAPO)
     kl_place: KLPlace = KLPlace.reward
     kl_estimator: KLEstimator = KLEstimator.k1  # k1 in the reward; k2 or k3 as a loss
-    correction: Correction = Correction.none  # of samples that another distribution than the trainer's drew
+    correction: Correction = Correction.auto  # of samples that another distribution than the trainer's drew
     correction_low: float = 0.0
     correction_high: float = 2.0
 
@@ -140,7 +145,12 @@ class PolicyGradientConfig(AlgorithmConfig):
 
     @property
     def corrects(self) -> bool:
-        return self.correction is not Correction.none
+        return self.correction not in (Correction.auto, Correction.none)
+
+    def chosen_for(self, stale: bool) -> PolicyGradientConfig:
+        if self.correction is not Correction.auto:
+            return self
+        return replace(self, correction=Correction.truncated if stale else Correction.none)
 
     @property
     def needs_groups(self) -> bool:

@@ -75,9 +75,10 @@ class Experience:
 
 
 def build_experience(
-    algorithm: Algorithm, scored: Sequence[Scored], kl_coef: float
+    algorithm: Algorithm, scored: Sequence[Scored], kl_coef: float, weights: int | None = None
 ) -> tuple[list[Experience], dict[str, float]]:
-    """Advantages and returns of one step's trajectories, those of one draw in a row, and the step's metrics."""
+    """Advantages and returns of one step's trajectories, those of one draw in a row, and the step's metrics. `weights`: the
+    version that is trained, which rollout and trainer are compared on; None: all samples are of it."""
     trajectories = [s.trajectory for s in scored]
     mask = pad_rows([t.loss_mask for t in trajectories], value=False).bool()
     rollout = _padded([t.rollout_logprobs for t in trajectories], mask)
@@ -101,7 +102,8 @@ def build_experience(
         "policy/importance": float(masked_mean(importance, mask)),
     }
     if scored[0].old_logprobs is not None:
-        metrics["rollout/logprob_diff"] = float(torch.where(mask, (rollout - old).abs(), torch.zeros_like(old)).max())
+        difference = logprob_difference(trajectories, [s.old_logprobs for s in scored], weights)
+        metrics |= {} if difference is None else {"rollout/logprob_diff": difference}
     if scored[0].ref_logprobs is not None:
         metrics["kl/ref"] = float(kl.sum(1).mean())  # nats per trajectory
     if scored[0].values is not None:
@@ -139,12 +141,29 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return float(1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp(min=1e-12))
 
 
+def logprob_difference(
+    trajectories: Sequence[Trajectory], logprobs: Sequence[Any], weights: int | None = None
+) -> float | None:
+    """Largest |rollout - trainer log-probability| of the policy's own tokens; of those of a version of the weights, where one
+    is given. `logprobs`: float32 [T] a trajectory. None: there is no such token."""
+    largest = []
+    for trajectory, own in zip(trajectories, logprobs, strict=True):
+        compared = trajectory.loss_mask
+        if weights is not None:
+            compared = compared & (trajectory.weight_versions == weights)
+        differences = np.abs(trajectory.rollout_logprobs - own)[compared]
+        largest += [float(differences.max())] if len(differences) else []
+    # Not Python's own, for which a NaN that is not the first is smaller than anything.
+    return float(np.max(largest)) if largest else None
+
+
 def check_on_policy(metrics: dict[str, float], max_logprob_diff: float) -> None:
     """What was sampled must have the probability that the trainer gives it; otherwise the ratio of PPO means nothing.
 
-    Raises: NumericsError when rollout and trainer log-probabilities differ by more than `max_logprob_diff`.
+    Raises: NumericsError when rollout and trainer log-probabilities differ by more than `max_logprob_diff`. Where no token is
+    of the weights that are trained, there is nothing to compare.
     """
-    difference = metrics["rollout/logprob_diff"]
+    difference = metrics.get("rollout/logprob_diff", 0.0)
     if not difference <= max_logprob_diff:
         raise NumericsError(
             f"rollout and trainer log-probabilities differ by {difference:.2e}, more than {max_logprob_diff:.0e}",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmscale.batch import Batch
 from llmscale.rl.advantages import by_group, gae, group_relative, leave_one_out, whiten
-from llmscale.rl.config import Advantage, Average, Correction, KLPlace, PolicyGradientConfig, Surrogate
+from llmscale.rl.config import Advantage, Average, KLPlace, PolicyGradientConfig, Surrogate
 from llmscale.rl.kl import estimate
 from llmscale.rl.losses import (
     clipped_surrogate,
@@ -67,7 +67,7 @@ class PolicyGradient:
     def importance(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
         """[N, T]: what each token's policy loss is multiplied by."""
         config = self.config
-        if config.correction is Correction.none:
+        if not config.corrects:
             return torch.ones_like(old_logprobs)
         low, high = config.correction_low, config.correction_high
         return importance_weights(old_logprobs, rollout_logprobs, config.correction.name, low, high)

@@ -25,9 +25,10 @@ def check_room(requests: Sequence[SamplingRequest], max_new_tokens: int, context
 
 
 def check_weights(requests: Sequence[SamplingRequest], held: int) -> None:
-    """Raises: WeightMismatchError when a request is for other weights than those held: an update was missed."""
+    """Raises: WeightMismatchError when a request is for newer weights than those held: an update was missed. Older ones it may
+    be for: it has waited for its turn while there was an update."""
     for request in requests:
-        if request.weights not in (None, held):
+        if request.weights is not None and held < request.weights:
             raise WeightMismatchError(
                 f"samples of weights {request.weights} are asked for where {held} are held",
                 fix="An update did not get here. Nothing was sampled; the same command resumes.",

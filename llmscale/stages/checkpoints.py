@@ -30,13 +30,15 @@ def run(argv: Sequence[str]) -> int:
     return arguments.run(arguments)
 
 
-class _Parser(argparse.ArgumentParser):
+class VerbParser(argparse.ArgumentParser):
+    """Of a verb's arguments."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, fix=f"Write {self.format_usage().removeprefix('usage: ').strip()}.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmscale checkpoint", description="RUN is the directory of a run, such as runs/demo/sft.")
+    parser = VerbParser(prog="llmscale checkpoint", description="RUN is the directory of a run, such as runs/demo/sft.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ this process, with the same code.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
-from llmscale.cluster.pool import WorkerPool
+from llmscale.cluster.pool import Instead, Pending, WorkerPool
 from llmscale.cluster.publish import VersionCounter
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
@@ -40,18 +41,24 @@ from llmscale.rl.experience import (
     check_on_policy,
     groups_of,
     is_informative,
+    logprob_difference,
     minibatches,
     overlong_penalty,
 )
 from llmscale.rl.kl import AdaptiveCoefficient
+from llmscale.rl.ledger import End, Ledger
+from llmscale.rl.staleness import age_metrics, check_staleness, room, staleness
 from llmscale.rollout.completion import unsampled
 from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
+from llmscale.stages.generation import Generation, Rewards, Taken, unjudged
 from llmscale.stages.rlhf_config import OnNonfinite, RlhfConfig
-from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
+from llmscale.stages.roles import CriticRole, PolicyRole, RewardRole, RolloutRole, new_algorithm
 
 Metrics = dict[str, float]
 Sampled = tuple[Trajectory, Score, Score | None]  # with its reward and true reward
+EQUAL = {"why": "its samples all got the same reward"}
+UNUSED = {"why": "the run ended before it was needed"}
 
 
 class Rlhf:
@@ -65,42 +72,53 @@ class Rlhf:
         versions: VersionCounter,
         event: Callable[..., None],
         record: Callable[[int, Sequence[Trajectory]], None],
+        ledger: Ledger,
         replay: Replay | None = None,
     ):
         self.config, self.prompts, self.pools, self.versions, self.event = config, prompts, pools, versions, event
-        self.record, self.replay = record, replay
+        self.record, self.ledger, self.replay = record, ledger, replay
+        self.generation = Generation(pools, config.rollout.unit_size, replay)
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
         self.kl_coef = AdaptiveCoefficient(
             config.algorithm.kl_coef, config.algorithm.kl_target, config.algorithm.kl_horizon
         )
         self.step = 0
-        self.num_draws = 0  # prompts drawn so far; a draw's number is its id
-        self.weights = 0  # the version that rollout workers hold; 0 are those that they started with
+        self.weights = 0  # the newest version for the rollout workers; 0 are those that they started with
+        self.updates = {0: 0}  # how many were done when a version was published; of those that a sample may be of
+        self.loading: deque[Pending] = deque()  # versions that workers have not been seen to take yet
         self.timings: Metrics = {}
 
     def iterate(self) -> tuple[Metrics, list[Scored]]:
         """One step: what it measured, and the samples that it learned from."""
         self.timings = {}
-        scored, metrics = self.collect()
-        experience, found = build_experience(self.algorithm, scored, self.kl_coef.value)
+        scored, sampled, metrics = self.collect()
+        ages = self.ages(sampled)
+        if self.config.training.max_staleness:
+            metrics |= age_metrics(ages)
+        trained_version = None if self.replay is not None else self.weights
+        experience, found = build_experience(self.algorithm, scored, self.kl_coef.value, trained_version)
         metrics |= found
         if self.config.scores_by_policy and (self.replay is None or self.replay.on_policy):
             check_on_policy(metrics, self.config.max_logprob_diff)
         with self.timed("update"):
             metrics |= self.update(experience)
+        self.step += 1
         with self.timed("publish"):
             self.publish()
-        self.step += 1
+        self.settle(scored, sampled, ages)
         if "kl/ref" in metrics:
             metrics["kl/coef"] = self.kl_coef.value
             self.kl_coef.update(metrics["kl/ref"], len(scored))
-        metrics["perf/tokens_per_s"] = metrics.pop("perf/tokens") / sum(self.timings.values())
+        seconds = sum(self.timings.values())
+        metrics["perf/tokens_per_s"] = metrics.pop("perf/tokens") / seconds
+        metrics["perf/waited"] = self.timings["timing_s/generate"] / seconds  # for samples, with nothing else to do
+        metrics["perf/ready"] = self.generation.num_ready
         return metrics | self.timings, scored
 
-    def collect(self) -> tuple[list[Scored], Metrics]:
-        """Sample and score this step's prompts; where `filter_groups`, others for those whose samples all got the same reward,
-        which teach nothing (dynamic sampling: Yu et al. 2025, section 3.2). Metrics are of all that was sampled."""
+    def collect(self) -> tuple[list[Scored], list[Sampled], Metrics]:
+        """This step's draws, scored; where `filter_groups`, others for those whose samples all got the same reward, which teach
+        nothing (dynamic sampling: Yu et al. 2025, section 3.2). Metrics are of all that was sampled for it."""
         algorithm, wanted = self.config.algorithm, self.config.training.prompts_per_step
         kept: list[list[Scored]] = []
         groups: list[list[Scored]] = []  # of the last draw that left any
@@ -108,10 +126,12 @@ class Rlhf:
         num_scored = 0
         for _ in range(algorithm.max_draws if algorithm.filter_groups else 1):
             with self.timed("generate"):
-                trajectories = self.sample(self.draw(wanted - len(kept)))
+                self.begin(under_way=len(kept) + len(self.generation.draws))
+                taken = self.generation.take(wanted - len(kept))
+                trajectories = taken.trajectories()
             self.record(self.step + 1, trajectories)
             with self.timed("score"):
-                scored, fresh = self.score(trajectories)
+                scored, fresh = self.score(taken, trajectories)
             sampled += fresh
             num_scored += len(scored)
             groups = groups_of(scored) or groups
@@ -123,33 +143,30 @@ class Rlhf:
         metrics |= self.of_rollouts([t for t, *_ in sampled])
         metrics["perf/tokens"] = sum(t.completion_len for t, *_ in sampled)  # those that are not learned from, too
         # Where none of them teaches, an update of nothing.
-        return [sample for group in kept or groups for sample in group], metrics
+        return [sample for group in kept or groups for sample in group], sampled, metrics
 
-    def draw(self, num_prompts: int) -> list[SamplingRequest]:
-        """The next prompts, `group_size` samples of each."""
-        draws = np.arange(self.num_draws, self.num_draws + num_prompts)
-        self.num_draws += num_prompts
-        pairs = zip(draws.tolist(), self.order.at(draws).tolist(), strict=True)
-        group = range(self.config.group_size)
-        weights = self.weights
-        return [
-            SamplingRequest(self.prompts.train[i], draw_id, k, weights=weights) for draw_id, i in pairs for k in group
-        ]
+    def begin(self, under_way: int) -> None:
+        """Hand in as many draws as the bound on staleness leaves room for."""
+        training = self.config.training
+        steps_left = training.num_steps - self.step
+        num = room(training.max_staleness, training.prompts_per_step, steps_left, under_way)
+        self.generation.begin(self.requests(self.ledger.begin(num, self.step)))
 
-    def sample(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
-        if self.replay is not None:
-            return self.replay.generate(requests)
-        units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests), instead=unsampled).wait()
-        return [trajectory for unit in units for trajectory in unit]
+    def requests(self, draws: Sequence[int]) -> list[SamplingRequest]:
+        """`group_size` samples of each."""
+        group, weights = range(self.config.group_size), self.weights
+        return [SamplingRequest(self.prompt_of(draw), draw, k, weights=weights) for draw in draws for k in group]
 
-    def score(self, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
+    def prompt_of(self, draw: int) -> Prompt:
+        return self.prompts.train[int(self.order.at(np.array([draw]))[0])]
+
+    def score(self, taken: Taken, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
         """Rewards, and every model's view of every token; the pools work side by side. Samples without a reward are left
         out of the first list."""
-        rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories), instead=unjudged)
         old_logprobs = self.view("policy", PolicyRole.logprobs, trajectories)
-        ref_logprobs = self.reference(trajectories)
+        ref_logprobs = self.reference(taken, trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
-        scores, true = self.rewards(trajectories, rewards.wait(), self.step + 1)
+        scores, true = self.rewards(trajectories, taken.rewards(), self.step + 1)
         kept = admitted(trajectories, scores, whole_draws=self.config.algorithm.needs_groups)
         views = [old_logprobs(), ref_logprobs(), values()]
         scored = [self.scored(trajectories[i], scores[i], true[i], [view[i] for view in views]) for i in kept]
@@ -166,11 +183,11 @@ class Rlhf:
         old, ref, values = views
         return Scored(trajectory, score.value, true_reward, old, ref, values, parts, score.why, penalty, score.early)
 
-    def reference(self, trajectories: Sequence[Trajectory]) -> Callable[[], list[Any]]:
-        """Begin to ask the reference, which of a policy with an adapter is the policy without it."""
+    def reference(self, taken: Taken, trajectories: Sequence[Trajectory]) -> Callable[[], list[Any]]:
+        """Ask the reference, which of a policy with an adapter is the policy without it; another one has been asked."""
         if self.config.reference_is_base:
             return self.pools["policy"].map(PolicyRole.ref_logprobs, trajectories).wait
-        return self.view("reference", ReferenceRole.logprobs, trajectories)
+        return taken.ref_logprobs
 
     def view(
         self, role: str, method: Callable[..., Any], trajectories: Sequence[Trajectory]
@@ -181,10 +198,10 @@ class Rlhf:
         return self.pools[role].map(method, trajectories).wait
 
     def rewards(
-        self, trajectories: Sequence[Trajectory], units: Sequence[Sequence[tuple[Score, Score | None]]], step: int
+        self, trajectories: Sequence[Trajectory], given: Rewards, step: int
     ) -> tuple[list[Score], list[Score | None]]:
         """The rewards and the true ones, as the reward workers gave them; what cannot be used is recorded, or stops the run."""
-        scores, true = [s for unit in units for s, _ in unit], [t for unit in units for _, t in unit]
+        scores, true = [s for s, _ in given], [t for _, t in given]
         if self.config.on_nonfinite is OnNonfinite.stop:
             check_finite(trajectories, scores)
         scores = without_nonfinite(scores)
@@ -211,13 +228,53 @@ class Rlhf:
         check_first_update(policy_steps[0]["approx_kl"], self.config.max_logprob_diff)
         return metrics
 
+    def ages(self, sampled: Sequence[Sampled]) -> dict[int, int]:
+        """The staleness of each draw, which is that of its oldest token. Versions of what is replayed are another run's."""
+        if self.replay is not None:
+            return {}
+        trajectories = [t for t, *_ in sampled]
+        found = staleness(trajectories, self.updates, self.step)
+        check_staleness(trajectories, found, self.config.training.max_staleness)
+        ages: dict[int, int] = {}
+        for trajectory, age in zip(trajectories, found.tolist(), strict=True):
+            ages[trajectory.draw_id] = max(age, ages.get(trajectory.draw_id, 0))
+        return ages
+
     def publish(self) -> None:
-        """New weights for every rollout worker, checked by fingerprint on both sides."""
+        """New weights for every rollout worker, checked by fingerprint on both sides. A worker takes them when it is done with
+        the unit that it is about, which nobody waits for before the bound on staleness says so."""
         if self.replay is not None:
             return
         handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
         self.weights = self.versions.next()
-        self.pools["rollout"].install(RolloutRole.load_weights, self.weights, handles).wait()
+        self.loading.append(self.pools["rollout"].install(RolloutRole.load_weights, self.weights, handles))
+        bound = self.config.training.max_staleness
+        while len(self.loading) > bound:
+            self.loading.popleft().wait()
+        made = self.updates | {self.weights: self.step}
+        self.updates = {version: updates for version, updates in made.items() if updates >= self.step - bound}
+
+    def settle(self, scored: Sequence[Scored], sampled: Sequence[Sampled], ages: Mapping[int, int]) -> None:
+        """Every draw that this step has taken ends."""
+        trained = {s.trajectory.draw_id for s in scored}
+        why = {t.draw_id: {"why": score.why} for t, score, _ in reversed(sampled) if score.value is None}
+        dropped = {t.draw_id: why.get(t.draw_id, EQUAL) for t, *_ in sampled if t.draw_id not in trained}
+        age = {draw: {"staleness": ages[draw]} if draw in ages else {} for draw in sorted(trained)}
+        self.ledger.end(self.step, End.trained, age)
+        self.ledger.end(self.step, End.dropped, dropped)
+
+    def resume(self) -> None:
+        """Of the draws that were under way at the checkpoint, those whose samples it holds go on; the others are requeued."""
+        if self.step < self.config.training.num_steps:
+            found = self.generation.resume(self.prompt_of)
+            lost = sorted(self.ledger.open.keys() - found)
+            self.ledger.requeue(self.step + 1, lost, self.step, "under way when the run stopped")
+            self.generation.begin(self.requests(lost))
+
+    def close(self) -> None:
+        """What no step has taken: with `filter_groups` more may be under way than the last steps need."""
+        self.generation.close()
+        self.ledger.end(self.step + 1, End.dropped, {draw: UNUSED for draw in sorted(self.ledger.open)})
 
     def evaluate(self) -> Metrics:
         """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on
@@ -226,24 +283,36 @@ class Rlhf:
             return {}
         with self.timed("evaluate"):
             held_out = enumerate(self.prompts.validation)
-            trajectories = self.sample([SamplingRequest(p, -1 - i, 0, weights=self.weights) for i, p in held_out])
-            rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories), instead=unjudged)
-        scores, true = self.rewards(trajectories, rewards.wait(), self.step)
+            requests = [SamplingRequest(p, -1 - i, 0, weights=self.weights) for i, p in held_out]
+            trajectories = self.of_units("rollout", RolloutRole.generate, requests, unsampled)
+            given = self.of_units("reward", RewardRole.score, trajectories, unjudged)
+            compared = self.compared(trajectories)
+        scores, true = self.rewards(trajectories, given, self.step)
         kept = admitted(trajectories, scores, whole_draws=False)
         check_some_left(len(kept), trajectories, scores)
         metrics = {"reward/mean": float(np.mean([scores[i].value for i in kept]))}
-        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | self.of_rollouts(trajectories)
+        metrics |= reward_metrics(scores, len(kept)) | true_metrics(true) | self.of_rollouts(trajectories) | compared
         metrics["rollout/completion_len"] = float(np.mean([t.completion_len for t in trajectories]))
         timing = {"timing_s/evaluate": self.timings["timing_s/evaluate"]}
         return {f"eval/{name}": value for name, value in metrics.items()} | timing
+
+    def compared(self, trajectories: Sequence[Trajectory]) -> Metrics:
+        """Rollout with trainer, where no sample that is trained on may be of the weights that are trained."""
+        if not self.config.training.max_staleness:
+            return {}
+        difference = logprob_difference(trajectories, self.view("policy", PolicyRole.logprobs, trajectories)())
+        found = {} if difference is None else {"rollout/logprob_diff": difference}
+        check_on_policy(found, self.config.max_logprob_diff)
+        return found
 
     def of_rollouts(self, trajectories: Sequence[Trajectory]) -> Metrics:
         turns = turn_metrics(trajectories) if self.config.environment is not None else {}
         return diversity_metrics(trajectories) | turns
 
-    def units_of(self, items: Sequence[Any]) -> list[list[Any]]:
-        """Fixed dispatch units: what one holds does not depend on the number of workers."""
-        return micro_batches(items, self.config.rollout.unit_size)
+    def of_units(self, role: str, method: Callable[..., Any], items: Sequence[Any], instead: Instead) -> list[Any]:
+        """What a role says of each item, in dispatch units."""
+        units = self.pools[role].units(method, micro_batches(items, self.config.rollout.unit_size), instead)
+        return [result for unit in units.wait() for result in unit]
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -252,11 +321,6 @@ class Rlhf:
             yield
         key = f"timing_s/{name}"
         self.timings[key] = self.timings.get(key, 0.0) + time.perf_counter() - started
-
-
-def unjudged(trajectories: Sequence[Trajectory], why: str) -> list[tuple[Score, Score | None]]:
-    """What stands for the scores of samples that no worker could give."""
-    return [(Score(None, why=why), None) for _ in trajectories]
 
 
 def _means(prefix: str, steps: Sequence[Metrics]) -> Metrics:

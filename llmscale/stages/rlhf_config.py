@@ -28,6 +28,8 @@ class RlhfTrainingConfig:
 
     num_steps: int = 50  # of: sample, score, update, publish
     prompts_per_step: int = 64
+    # Updates of the policy between the oldest token of a sample and its use, at most: 0 is synchronous; 1 samples a step ahead
+    max_staleness: int = 0
     eval_every_steps: int = 25  # scores on held-out prompts, where there are any; also at the start and the end
     save_every_steps: int = 25
     keep_checkpoints: int = 2
@@ -36,6 +38,7 @@ class RlhfTrainingConfig:
         yield from at_least(
             self, num_steps=1, prompts_per_step=1, eval_every_steps=1, save_every_steps=1, keep_checkpoints=1
         )
+        yield from at_least(self, max_staleness=0)
 
 
 @dataclass
@@ -105,10 +108,15 @@ class RlhfConfig(TrainedConfig):
     @property
     def scores_by_policy(self) -> bool:
         """Whether the policy says what it thinks of each token before the update. A step of a single update asks only once,
-        in the update itself, unless the algorithm needs to know before."""
+        in the update itself, unless the algorithm needs to know before, or samples may be of an older policy."""
         algorithm, sequences = self.algorithm, self.training.prompts_per_step * self.group_size
         updates = algorithm.num_epochs * -(-sequences // algorithm.global_batch_size)
-        return updates > 1 or algorithm.needs_old_logprobs
+        return updates > 1 or algorithm.needs_old_logprobs or self.training.max_staleness > 0
+
+    @property
+    def settled_algorithm(self) -> AlgorithmConfig:
+        """The algorithm with what it leaves to be chosen for this run."""
+        return self.algorithm.chosen_for(stale=self.training.max_staleness > 0)
 
     @property
     def group_size(self) -> int:
@@ -140,6 +148,8 @@ class RlhfConfig(TrainedConfig):
             yield "record", "there is nothing new to record in what is replayed", "Leave it out."
         if self.chaos is not None and self.cluster.one_process:
             yield "chaos", "there are no workers but the driver itself", "Add cluster=ray or cluster=laptop."
+        if self.training.max_staleness and self.replays:
+            yield "training.max_staleness", "nothing is sampled that could be ahead of the updates", "Leave it at 0."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.rollout.truncates:

@@ -24,6 +24,7 @@ from llmscale.models.adapters import FrozenBase, adapted
 from llmscale.models.loading import load_language_model, load_tokenizer, num_parameters, saved_context_length
 from llmscale.protocols import Digests, State, Tracker
 from llmscale.rl.experience import Scored
+from llmscale.rl.ledger import DRAWS, Ledger
 from llmscale.rl.overoptimisation import overoptimisation
 from llmscale.rollout.recording import COMPLETIONS, to_record
 from llmscale.rollout.replay import Replay
@@ -85,8 +86,9 @@ class RlhfRun:
             tracker.event("plan", **self.plan)
             if self.replay is not None:
                 tracker.event("replay", **self.terms)
+            last = checkpoint.step if checkpoint else 0
+            self.draws = RecordFile(self.directory.path / DRAWS, lambda record: record["step"] <= last)
             if self.config.record:
-                last = checkpoint.step if checkpoint else 0
                 self.recording = RecordFile(self.directory.path / COMPLETIONS, lambda record: record["step"] <= last)
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
@@ -105,9 +107,12 @@ class RlhfRun:
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
         versions = VersionCounter(self.directory.path / "weight_version")
-        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event, self.record, self.replay)
+        ledger = Ledger(self.draws.append)
+        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event, self.record, ledger, self.replay)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
+        state.register("ledger", ledger)
+        state.register("generation", rlhf.generation)
         state.register("kl_coef", rlhf.kl_coef)
         if self.config.model.adapter is not None:
             state.register("base", FrozenBase(str(self.config.model.path)))
@@ -129,8 +134,10 @@ class RlhfRun:
                     self.save(rlhf, state)
                 if stop:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
-        if self.recording is not None:
-            self.recording.close()
+        rlhf.close()
+        for file in (self.draws, self.recording):
+            if file is not None:
+                file.close()
         pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
 
     def look_for_overoptimisation(self) -> str | None:
@@ -157,8 +164,9 @@ class RlhfRun:
             return digests
 
         started = time.perf_counter()
-        if self.recording is not None:
-            self.recording.sync()  # who resumes from this checkpoint counts on every step before it
+        for file in (self.draws, self.recording):
+            if file is not None:
+                file.sync()  # who resumes from this checkpoint counts on every step before it
         path = self.store.save(rlhf.step, write)
         seconds = round(time.perf_counter() - started, 3)
         self.tracker.event("checkpoint", step=rlhf.step, path=str(path), seconds=seconds)
@@ -168,6 +176,7 @@ class RlhfRun:
         for name, role in self.trained.items():
             rlhf.pools[name].call(role.load, str((checkpoint.path / name).resolve())).wait()
         rlhf.publish()
+        rlhf.resume()
         self.tracker.event("resumed", step=rlhf.step, checkpoint=str(checkpoint.path))
 
     @contextmanager
@@ -210,14 +219,11 @@ class Progress:
         self.rlhf, self.run = rlhf, run
 
     def state_dict(self) -> State:
-        return {"step": self.rlhf.step, "num_draws": self.rlhf.num_draws, "first_eval": self.run.first_eval}
+        return {"step": self.rlhf.step, "updates": self.rlhf.updates, "first_eval": self.run.first_eval}
 
     def load_state_dict(self, state: State) -> None:
-        self.rlhf.step, self.rlhf.num_draws, self.run.first_eval = (
-            state["step"],
-            state["num_draws"],
-            state["first_eval"],
-        )
+        self.rlhf.step, self.rlhf.updates = state["step"], state["updates"]
+        self.run.first_eval = state["first_eval"]
 
 
 def room_for_completions(config: RlhfConfig | RolloutStageConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -268,7 +274,16 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
         "workers": {name: getattr(config.cluster, name).num_workers for name in config.roles},
         "parameters": num_parameters(policy),
         "trained_parameters": num_parameters(policy, trained_only=True),
+        **staleness_plan(config),
     } | ({"reference": "the policy without its adapter"} if config.reference_is_base else {})
+
+
+def staleness_plan(config: RlhfConfig) -> dict[str, Any]:
+    """How far sampling may be ahead, and what makes up for it."""
+    algorithm, bound = config.settled_algorithm, config.training.max_staleness
+    correction = getattr(algorithm, "correction", None)  # an algorithm of the user's own may know of none
+    named = {"correction": correction.value} if correction is not None else {}
+    return {"max_staleness": bound, **named} if bound else {}
 
 
 def record_of(sample: Scored) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from llmscale.stages.rlhf_config import Publish, RlhfConfig
 
 
 def new_algorithm(config: RlhfConfig) -> Algorithm:
-    algorithm: Algorithm = build(config.algorithm, config.max_completion_tokens)
+    algorithm: Algorithm = build(config.settled_algorithm, config.max_completion_tokens)
     return algorithm
 
 

@@ -17,6 +17,7 @@ from llmscale.rl.experience import (
     check_on_policy,
     explained_variance,
     is_informative,
+    logprob_difference,
     minibatches,
     overlong_penalty,
 )
@@ -167,3 +168,17 @@ def test_minibatches_of_successive_epochs_are_not_one_order_shifted():
     for shift in range(-8, 9):
         first, second = (ranks[0][8 + shift : 504 + shift], ranks[1][8:504])
         assert abs(np.corrcoef(first, second)[0, 1]) < 0.25  # five and a half deviations of 496 pairs
+
+
+def test_rollout_and_trainer_are_compared_on_tokens_of_the_same_weights():
+    stale = trajectory([3, 4, 5, 6], [0, 1, 1, 1], draw_id=1)
+    fresh = replace(stale, weight_versions=np.array([-1, 6, 7, 7], dtype=np.int32))  # its first token is older
+    old = [np.array([9, -4, -1, -1], dtype=np.float32), np.array([9, -3, -1, -1.5], dtype=np.float32)]
+    assert logprob_difference([stale, fresh], old) == 3
+    assert logprob_difference([stale, fresh], old, weights=7) == 0.5
+    assert logprob_difference([stale, fresh], old, weights=8) is None
+    old[1][3] = np.nan
+    assert np.isnan(logprob_difference([fresh, fresh], [old[1], np.zeros(4, np.float32)], weights=7))
+    scored = [Scored(t, 1.0, None, o, None, None) for t, o in zip([stale, fresh], old, strict=True)]
+    assert "rollout/logprob_diff" not in build_experience(PLAIN, scored, 0.0, weights=8)[1]
+    check_on_policy({}, 1e-4)  # nothing to compare

@@ -46,6 +46,19 @@ def test_the_policy_is_asked_before_an_update_only_where_that_is_needed(name: st
     assert asked() == (name in in_reward)
     assert asked("algorithm.global_batch_size=32") and asked("algorithm.num_epochs=2")
     assert asked("algorithm.correction=truncated")
+    assert asked("training.max_staleness=1"), "samples may be of an older policy"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_correction_is_chosen_where_samples_may_be_stale(name: str) -> None:
+    given = ["data.train=any", "model.path=any", "reward.path=any", f"algorithm={name}", "rollout.group_size=8"]
+
+    def chosen(*more: str) -> str:
+        return str(compose("rlhf", [*given, *more]).settled_algorithm.correction.value)
+
+    assert chosen() == "none" and chosen("training.max_staleness=2") == "truncated"
+    assert chosen("training.max_staleness=2", "algorithm.correction=none") == "none"
+    assert chosen("training.max_staleness=2", "algorithm.correction=sequence") == "sequence"
 
 
 DAPO = ["algorithm=dapo", "algorithm.max_draws=3", *RULE, "training.num_steps=4", "training.save_every_steps=1"]

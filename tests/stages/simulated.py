@@ -1,0 +1,237 @@
+"""The driver of RLHF as it is, over pools whose workers are threads that take random times and die at random: many schedules in
+a second. The driver itself is killed at random points and goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cache
+from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from llmscale.batch import Prompt, Trajectory
+from llmscale.checkpoint.run_state import RunState
+from llmscale.cluster.local import Done
+from llmscale.cluster.pool import WorkerPool
+from llmscale.cluster.publish import VersionCounter
+from llmscale.compose import compose
+from llmscale.data.splits import Split
+from llmscale.protocols import SamplingRequest, Score
+from llmscale.randomness import random_words
+from llmscale.rl.ledger import DRAWS, Ledger
+from llmscale.rollout.completion import check_newer, check_weights
+from llmscale.stages.rlhf import Rlhf
+from llmscale.stages.rlhf_config import RlhfConfig
+from llmscale.stages.rlhf_run import Progress
+from llmscale.tracking.jsonl import RecordFile
+from tests.tiny import trajectory
+
+PROMPTS = Split([Prompt(np.array([3, 4]), f"prompt {i}") for i in range(7)], [], {})
+PATIENCE_S = 30.0
+
+
+class Killed(Exception):
+    """Of the driver."""
+
+
+class Sampler:
+    version = 0
+
+    def load_weights(self, version: int, handles: Any) -> None:
+        check_newer(version, self.version)
+        self.version = version
+
+    def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        check_weights(requests, self.version)
+        return [
+            trajectory([3, 4, 5, 6], [0, 0, 1, 1], draw_id=r.draw_id, sample_index=r.sample_index, version=self.version)
+            for r in requests
+        ]
+
+
+class Judge:
+    """Says nothing of some samples, and the same of all samples of other draws."""
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[tuple[Score, None]]:
+        return [(Score(reward(t.draw_id, t.sample_index), why="it is silent"), None) for t in trajectories]
+
+
+def reward(draw: int, sample: int) -> float | None:
+    kind = int(random_words(0, "reward", draw, size=1)[0] % 9)
+    if kind == 0 and sample == 1:
+        return None
+    return 1.0 if kind < 4 else float(sample)
+
+
+class Threads(WorkerPool):
+    """One queue of units for all workers. New weights wait until a worker has ended its unit. `pause` before each unit; `dies`
+    says whether it kills its worker: then a new one does it again later, which has the newest weights."""
+
+    ahead = 1
+
+    def __init__(self, role: type, num_workers: int, pause: Callable[[], None], dies: Callable[[], bool]):
+        self.role, self.num_workers, self.pause, self.dies = role, num_workers, pause, dies
+        self.units: SimpleQueue[tuple[Future[Any], str, Any] | None] = SimpleQueue()
+        self.workers = [role() for _ in range(num_workers)]
+        self.busy = [False] * num_workers
+        self.newest: tuple[Any, ...] = (0, None)
+        self.changed = threading.Condition()
+        for i in range(num_workers):
+            threading.Thread(target=self._serve, args=(i,), daemon=True).start()
+
+    def call(self, method: Callable[..., Any], *args: Any) -> Any:
+        raise NotImplementedError
+
+    def install(self, method: Callable[..., Any], *args: Any) -> Any:
+        with self.changed:
+            self.newest = args
+            for i, busy in enumerate(self.busy):
+                if not busy:
+                    self._catch_up(i)
+
+        def wait() -> None:
+            with self.changed:
+                assert self.changed.wait_for(lambda: all(w.version >= args[0] for w in self.workers), PATIENCE_S)
+
+        return SimpleNamespace(wait=wait)
+
+    def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Any:
+        raise NotImplementedError
+
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Any = None) -> Future[Any]:
+        task: Future[Any] = Future()
+        self.units.put((task, method.__name__, *(a.result() if isinstance(a, Future) else a for a in args)))
+        return task
+
+    def close(self) -> None:
+        for _ in self.workers:
+            self.units.put(None)
+
+    def _catch_up(self, i: int) -> None:
+        if self.role is Sampler and self.workers[i].version < self.newest[0]:
+            self.workers[i].load_weights(*self.newest)
+            self.changed.notify_all()
+
+    def _serve(self, i: int) -> None:
+        while (unit := self.units.get()) is not None:
+            task, method, items = unit
+            if not task.running() and not task.set_running_or_notify_cancel():
+                continue
+            with self.changed:
+                self._catch_up(i)
+                self.busy[i] = True
+            self.pause()
+            if self.dies():
+                self.workers[i] = self.role()
+                self.units.put(unit)
+            else:
+                try:
+                    result = getattr(self.workers[i], method)(items)
+                except Exception as error:
+                    task.set_exception(error)
+                else:
+                    task.set_result(result)
+            with self.changed:
+                self.busy[i] = False
+                self._catch_up(i)
+
+
+class Policy:
+    """Its pool: updates that take a while, in which the driver may be killed."""
+
+    num_workers = 1
+
+    def __init__(self, pause: Callable[[], None], driver_dies: Callable[[], bool]):
+        self.pause, self.driver_dies = pause, driver_dies
+
+    def call(self, method: Callable[..., Any], *args: Any) -> Done:
+        if self.driver_dies():
+            raise Killed
+        if method.__name__ == "publish":
+            return Done([[]])
+        self.pause()
+        return Done([[{"approx_kl": 0.0, "logprob_diff": 0.0, "num_tokens": 1.0} for _ in args[0]]])
+
+    def map(self, method: Callable[..., Any], items: Sequence[Trajectory]) -> Done:
+        return Done([t.rollout_logprobs for t in items])
+
+
+@cache
+def configured(*overrides: str) -> RlhfConfig:
+    needed = ["data.train=x", "model.path=x", "reward=answer", "algorithm=grpo", "algorithm.kl_coef=0"]
+    sizes = ["training.prompts_per_step=3", "rollout.group_size=2", "algorithm.global_batch_size=6"]
+    config: RlhfConfig = compose("rlhf", [*needed, *sizes, "training.num_steps=9", "rollout.unit_size=4", *overrides])
+    return config
+
+
+class Simulation:
+    """A run of a random schedule in `folder`: `attempt` until one comes to the end. `trained` has (step, draw, weight versions)
+    of every sample that steps before the last checkpoint, and those since, have learned from."""
+
+    def __init__(self, folder: Path, seed: int, bound: int, *overrides: str):
+        self.folder, self.random, self.bound = folder, random.Random(seed), bound
+        self.config = configured(f"training.max_staleness={bound}", *overrides)
+        self.made_at = {0: 0}  # version -> updates, as the policy knows it
+        self.trained: list[tuple[int, int, set[int]]] = []
+        self.saved: int | None = None  # the step of the last checkpoint
+        self.longest_s = {who: self.random.choice([0.0, 0.0005, 0.002]) for who in ("rollout", "reward", "policy")}
+        self.death_rate = self.random.choice([0.0, 0.1, 0.3])
+
+    def run(self) -> None:
+        kills = self.random.randint(0, 3)
+        while not self.attempt(can_be_killed=kills > 0):
+            kills -= 1
+
+    def attempt(self, can_be_killed: bool) -> bool:
+        """Whether it came to the end."""
+        rate = 0.08 if can_be_killed else 0.0
+        dies = lambda: self.random.random() < self.death_rate  # noqa: E731
+        pools: dict[str, Any] = {"policy": Policy(self.pause("policy"), lambda: self.random.random() < rate)}
+        pools["rollout"] = Threads(Sampler, self.random.randint(1, 4), self.pause("rollout"), dies)
+        pools["reward"] = Threads(Judge, self.random.randint(1, 2), self.pause("reward"), dies)
+        last = self.saved or 0
+        draws = RecordFile(self.folder / DRAWS, lambda record: record["step"] <= last)
+        self.trained = [t for t in self.trained if t[0] <= last]
+        try:
+            self.train(pools, draws)
+        except Killed:
+            return False
+        finally:
+            draws.close()
+            pools["rollout"].close()
+            pools["reward"].close()
+        return True
+
+    def train(self, pools: dict[str, Any], draws: RecordFile) -> None:
+        ledger = Ledger(draws.append)
+        versions = VersionCounter(self.folder / "weight_version")
+        rlhf = Rlhf(self.config, PROMPTS, pools, versions, lambda *a, **k: None, lambda *a: None, ledger)
+        state = RunState()
+        state.register("loop", Progress(rlhf, SimpleNamespace(first_eval={})))  # type: ignore[arg-type]
+        state.register("ledger", ledger)
+        state.register("generation", rlhf.generation)
+        if self.saved is not None:
+            state.load(self.folder)
+            rlhf.publish()
+            self.made_at[rlhf.weights] = rlhf.step
+            rlhf.resume()
+        while rlhf.step < self.config.training.num_steps:
+            at = rlhf.step
+            _, scored = rlhf.iterate()
+            self.made_at[rlhf.weights] = rlhf.step
+            own = [(s.trajectory, s.trajectory.weight_versions[s.trajectory.loss_mask]) for s in scored]
+            self.trained += [(at + 1, t.draw_id, set(versions.tolist())) for t, versions in own]
+            if self.random.random() < 0.4:
+                state.save(self.folder)
+                self.saved = rlhf.step
+        rlhf.close()
+
+    def pause(self, who: str) -> Callable[[], None]:
+        return lambda: time.sleep(self.random.random() * self.longest_s[who])

@@ -1,0 +1,53 @@
+"""Draws on their way: under any schedule none is lost, none used twice, none older than the bound when it is trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.stages.runs import records
+from tests.stages.simulated import PROMPTS, Simulation
+
+SCHEDULES = range(8)
+FILTER = ["algorithm.filter_groups=true", "algorithm.max_draws=3"]
+
+
+def finished(folder: Path, seed: int, bound: int, *overrides: str) -> Simulation:
+    folder.mkdir()
+    simulation = Simulation(folder, seed, bound, *overrides)
+    simulation.run()
+    return simulation
+
+
+def ages(simulation: Simulation) -> list[int]:
+    """Of every sample that was trained on, by what made its tokens and not by what the loop believes."""
+    return [step - 1 - simulation.made_at[v] for step, _, versions in simulation.trained for v in versions]
+
+
+@pytest.mark.parametrize("overrides", [[], FILTER], ids=["plain", "filter_groups"])
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_every_draw_ends_once_and_none_is_too_old(bound: int, overrides: list[str], tmp_path: Path) -> None:
+    oldest = []
+    for seed in SCHEDULES:
+        simulation = finished(tmp_path / str(seed), seed, bound, *overrides)
+        oldest.append(max(ages(simulation)))
+        ends = records(tmp_path / str(seed) / "draws.jsonl")
+        final = Counter(e["draw_id"] for e in ends if e["end"] != "requeued")
+        assert sorted(final) == list(range(len(final))) and set(final.values()) == {1}
+        trained = [e["draw_id"] for e in ends if e["end"] == "trained"]
+        assert Counter(draw for _, draw, _ in simulation.trained) == Counter(trained * 2)  # both samples of each
+        assert all(e["why"] for e in ends if e["end"] != "trained")
+        assert {e["staleness"] for e in ends if e["end"] == "trained"} <= set(range(bound + 1))
+        if not overrides:
+            assert len(final) == 9 * 3 and trained == sorted(trained), "the oldest first, and no more than are needed"
+    assert max(oldest) == bound, "what is allowed is made use of"
+
+
+def test_what_is_trained_depends_on_no_schedule(tmp_path: Path) -> None:
+    """Which draws each step takes is a matter of counting, also where some are replaced and the driver is killed."""
+    runs = [finished(tmp_path / str(seed), seed, 2, *FILTER) for seed in SCHEDULES]
+    taken = [[(step, draw) for step, draw, _ in run.trained] for run in runs]
+    assert all(other == taken[0] for other in taken)
+    assert len(PROMPTS.train) < len({draw for _, draw in taken[0]})
