@@ -96,13 +96,13 @@ def _interface(world: World) -> str | None:
     if world.size == 1 or master == LOOPBACK or os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
         return _interface_of(LOOPBACK)
     for there in (master, ANYWHERE):  # the host of rank 0 may know the master by a loopback address too
-        own = _address_towards(there)
+        own = address_towards(there)
         if own is not None and not own.startswith("127."):
             return _interface_of(own)
     return None
 
 
-def _address_towards(there: str) -> str | None:
+def address_towards(there: str) -> str | None:
     """This host's own IPv4 address on the way to another host; None when there is no way. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

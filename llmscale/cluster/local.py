@@ -20,6 +20,7 @@ class LocalPool:
 
     def __init__(self, role: str, build: Callable[[], Any]):
         self.role, self.worker = role, build()
+        self.members = [role]
 
     def call(self, method: Callable[..., Any], *args: Any) -> Done:
         return Done([method(self.worker, *args)])

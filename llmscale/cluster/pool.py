@@ -31,6 +31,11 @@ class WorkerPool(Protocol):
 
     num_workers: int
 
+    @property
+    def members(self) -> Sequence[str]:
+        """Who the workers are: another one in the place of one that died has another name."""
+        ...
+
     def call(self, method: Callable[..., Any], *args: Any) -> Pending:
         """The same call on every worker; one result a worker. Collective methods of roles are called this way."""
         ...

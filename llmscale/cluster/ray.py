@@ -172,6 +172,10 @@ class RayPool:
         ]
         self.threads = threads
 
+    @property
+    def members(self) -> list[str]:
+        return [actor._actor_id.hex() for actor in self.actors]
+
     def start(self, build: Callable[[], Any], timeout_s: float) -> list[ray.ObjectRef]:
         """Begin to build the role on every worker; returns what to wait for."""
         ranks = list(range(self.num_workers))

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
 from llmscale.cluster.pool import WorkerPool
-from llmscale.cluster.publish import VersionCounter
+from llmscale.cluster.publish import Publisher
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
 from llmscale.protocols import SamplingRequest, Score
@@ -60,12 +60,12 @@ class Rlhf:
         config: RlhfConfig,
         prompts: Split[Prompt],
         pools: Mapping[str, WorkerPool],
-        versions: VersionCounter,
+        publisher: Publisher,
         event: Callable[..., None],
         record: Callable[[int, Sequence[Trajectory]], None],
         replay: Replay | None = None,
     ):
-        self.config, self.prompts, self.pools, self.versions, self.event = config, prompts, pools, versions, event
+        self.config, self.prompts, self.pools, self.publisher, self.event = config, prompts, pools, publisher, event
         self.record, self.replay = record, replay
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
@@ -213,9 +213,8 @@ class Rlhf:
         """New weights for every rollout worker, checked by fingerprint on both sides."""
         if self.replay is not None:
             return
-        handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
-        self.weights = self.versions.next()
-        self.pools["rollout"].call(RolloutRole.load_weights, self.weights, handles).wait()
+        policy, rollout = self.pools["policy"], self.pools["rollout"]
+        self.weights = self.publisher.publish(policy, PolicyRole.publish, rollout, RolloutRole.load_weights)
 
     def evaluate(self) -> Metrics:
         """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on

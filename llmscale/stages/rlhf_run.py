@@ -15,7 +15,7 @@ from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool
-from llmscale.cluster.publish import VersionCounter
+from llmscale.cluster.publish import Publisher
 from llmscale.config import to_dict
 from llmscale.data.chat import CUT, ChatRenderer, Message
 from llmscale.data.splits import load_prompts
@@ -97,8 +97,8 @@ class RlhfRun:
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
-        versions = VersionCounter(self.directory.path / "weight_version")
-        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event, self.record, self.replay)
+        publisher = Publisher(self.config.cluster, self.directory.path)
+        rlhf = Rlhf(self.config, self.prompts, pools, publisher, self.tracker.event, self.record, self.replay)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         state.register("kl_coef", rlhf.kl_coef)

@@ -4,6 +4,7 @@ actor or in the driver's own process and knows nothing of either. Every role rea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,8 @@ from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
 from llmscale.checkpoint.run_directory import RunDirectory
 from llmscale.cluster.pool import WorkerPool, opened_pools
-from llmscale.cluster.publish import BUCKET_BYTES, receive, send
+from llmscale.cluster.publish import BUCKET_BYTES
+from llmscale.cluster.transports import new_carrier
 from llmscale.config import build, load
 from llmscale.data.batching import TokenBudget
 from llmscale.data.chat import ChatRenderer
@@ -111,6 +113,7 @@ class PolicyRole(TrainedRole):
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
         old_is_rollout = not self.config.scores_by_policy
         self.objective = PolicyObjective(algorithm, temperature, entropy_coef, old_is_rollout)
+        self.carrier = new_carrier(self.config.cluster, self.config.run_dir)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """log p of each token under the policy as it is now, float32 [T] a trajectory."""
@@ -122,11 +125,15 @@ class PolicyRole(TrainedRole):
         with self.model.adapter.off():
             return self.logprobs(trajectories)
 
-    def publish(self) -> list[Any]:
-        """Collective: handles to the weights, in the precision that rollouts use."""
+    def publish(self, version: int, meeting: Any) -> Any:
+        """Collective: send the weights, in the precision that rollouts use; see `llmscale.cluster.transports.Carrier`."""
         adapter_alone = self.config.publish is Publish.adapter
         buckets = self.engine.full_parameters(BUCKET_BYTES, trained_only=adapter_alone)
-        return send(buckets if adapter_alone else merged(self.model, buckets), torch_dtype(self.config))
+        whole = buckets if adapter_alone else merged(self.model, buckets)
+        try:
+            return self.carrier.send(version, whole, torch_dtype(self.config), meeting)
+        finally:
+            deque(buckets, maxlen=0)  # the other ranks gather to the end, whatever happened to what was gathered
 
 
 class CriticRole(TrainedRole):
@@ -207,11 +214,13 @@ class RolloutRole:
         if not isinstance(config, CollectConfig) and config.environment is not None:
             self.engine = Turns(config.environment, self.engine, observation_renderer(renderer, config.environment))
 
+        self.carrier = new_carrier(config.cluster, config.run_dir)
+
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         return self.engine.generate(requests)
 
-    def load_weights(self, version: int, handles: list[Any]) -> None:
-        self.engine.load_weights(version, receive(handles))
+    def load_weights(self, version: int, parcel: Any) -> None:
+        self.engine.load_weights(version, self.carrier.receive(version, parcel))
 
 
 ROLES = {
