@@ -135,6 +135,11 @@ def _loopback_store(world: World, timeout: timedelta) -> dist.Store | None:
     return dist.TCPStore(address, port, world.size, True, timeout, master_listen_fd=listening.detach())
 
 
+def free_bytes() -> int:
+    """Of the memory of this process's device; 0 where that is the CPU, whose memory nobody hands over."""
+    return torch.cuda.mem_get_info(device())[0] if torch.cuda.is_available() else 0
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

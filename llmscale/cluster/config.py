@@ -125,6 +125,6 @@ class ClusterConfig:
         if pool.num_gpus not in (0, 1):
             yield f"{first}.num_gpus", f"colocated workers share one device, not {pool.num_gpus:g}", "Set it to 1 or 0."
         for name in others:
-            for key in ("num_gpus", "placement"):
+            for key in ("num_workers", "num_gpus", "placement"):
                 if getattr(getattr(self, name), key) != getattr(pool, key):
                     yield f"{name}.{key}", f"{name} has the places of {first}, and another {key}", "Give both the same."

@@ -78,6 +78,14 @@ class HFRollout:
         load_buckets(self.model, buckets, source=f"weights {version}")
         self.version = version
 
+    def sleep(self) -> None:
+        self.model.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # torch would keep what is free for itself
+
+    def wake(self) -> None:
+        self.model.to(distributed.device())
+
     def _left_padded(self, requests: Sequence[SamplingRequest]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` [B, T]; padding stands on the left, for generation continues at the right.
 

@@ -54,6 +54,12 @@ class Turns:
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         self.engine.load_weights(version, buckets)
 
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
     def _began(self, sample: _Sample) -> Environment:
         environment: Environment = build(self.config)
         environment.reset(sample.origin.prompt.text, dict(sample.origin.prompt.fields))

@@ -47,6 +47,7 @@ from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
 from llmscale.stages.rlhf_config import OnNonfinite, RlhfConfig
 from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
+from llmscale.stages.shifts import Shifts
 
 Metrics = dict[str, float]
 Sampled = tuple[Trajectory, Score, Score | None]  # with its reward and true reward
@@ -67,6 +68,7 @@ class Rlhf:
     ):
         self.config, self.prompts, self.pools, self.publisher, self.event = config, prompts, pools, publisher, event
         self.record, self.replay = record, replay
+        self.shifts = Shifts(config.colocated, pools, event)
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
         self.kl_coef = AdaptiveCoefficient(
@@ -137,6 +139,7 @@ class Rlhf:
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         if self.replay is not None:
             return self.replay.generate(requests)
+        self.shifts.of_rollouts()
         units = self.pools["rollout"].units(RolloutRole.generate, self.units_of(requests)).wait()
         return [trajectory for unit in units for trajectory in unit]
 
@@ -144,6 +147,7 @@ class Rlhf:
         """Rewards, and every model's view of every token; the pools work side by side. Samples without a reward are left
         out of the first list."""
         rewards = self.pools["reward"].units(RewardRole.score, self.units_of(trajectories))
+        self.shifts.of_training()
         old_logprobs = self.view("policy", PolicyRole.logprobs, trajectories)
         ref_logprobs = self.reference(trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
@@ -213,8 +217,9 @@ class Rlhf:
         """New weights for every rollout worker, checked by fingerprint on both sides."""
         if self.replay is not None:
             return
-        policy, rollout = self.pools["policy"], self.pools["rollout"]
-        self.weights = self.publisher.publish(policy, PolicyRole.publish, rollout, RolloutRole.load_weights)
+        policy, rollout, sent = self.pools["policy"], self.pools["rollout"], self.shifts.of_rollouts
+        self.shifts.of_training()
+        self.weights = self.publisher.publish(policy, PolicyRole.publish, rollout, RolloutRole.load_weights, sent)
 
     def evaluate(self) -> Metrics:
         """Mean scores on the held-out prompts. Their draws are the same every time, so that two policies are compared on

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from llmscale.cluster.placement import shared
 from llmscale.config import STAGE, Problem, at_least, option
 from llmscale.engine.config import Precision
 from llmscale.optim.config import OptimConfig
@@ -96,6 +97,11 @@ class RlhfConfig(TrainedConfig):
         return ["policy", *critic, *reference, "reward", *rollout]
 
     @property
+    def colocated(self) -> list[str]:
+        """Roles of this run that have their devices by turns."""
+        return shared(self.cluster, self.roles)
+
+    @property
     def reference_is_base(self) -> bool:
         """Whether the policy's workers answer for the reference too: without its adapter the policy is what it started as."""
         return self.algorithm.needs_reference and self.model.adapter is not None
@@ -133,6 +139,9 @@ class RlhfConfig(TrainedConfig):
         if self.engine.data_shard(1, 2) != (1, 2):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
+        if self.colocated and not self.engine.sleeps:
+            what = "DeepSpeed cannot move the optimizer of this stage out of a device that others are to use"
+            yield "engine.zero_stage", what, "Set engine.zero_stage=2, or leave out cluster.colocated."
         yield from sampling_problems(self)
         if self.record and self.replays:
             yield "record", "there is nothing new to record in what is replayed", "Leave it out."

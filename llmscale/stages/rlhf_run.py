@@ -124,6 +124,7 @@ class RlhfRun:
                     raise Requeue(f"stopped and saved at step {rlhf.step}; the same command resumes")
         if self.recording is not None:
             self.recording.close()
+        rlhf.shifts.of_training()
         pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
 
     def look_for_overoptimisation(self) -> str | None:
@@ -150,6 +151,7 @@ class RlhfRun:
             return digests
 
         started = time.perf_counter()
+        rlhf.shifts.of_training()
         if self.recording is not None:
             self.recording.sync()  # who resumes from this checkpoint counts on every step before it
         path = self.store.save(rlhf.step, write)
@@ -158,6 +160,7 @@ class RlhfRun:
 
     def restore(self, rlhf: Rlhf, state: RunState, checkpoint: Checkpoint) -> None:
         state.load(checkpoint.path)
+        rlhf.shifts.of_training()
         for name, role in self.trained.items():
             rlhf.pools[name].call(role.load, str((checkpoint.path / name).resolve())).wait()
         rlhf.publish()

@@ -19,6 +19,7 @@ from llmscale import distributed
 from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
 from llmscale.checkpoint.run_directory import RunDirectory
+from llmscale.cluster.placement import shared
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import BUCKET_BYTES
 from llmscale.cluster.transports import new_carrier
@@ -58,7 +59,22 @@ def load_policy(config: StageConfig, empty: bool = False) -> LanguageModel:
     return adapted(load_language_model(str(config.model.path), empty=empty), config.model.adapter, config.run.seed)
 
 
-class TrainedRole:
+class Colocatable:
+    """A role that may have its device by turns with others."""
+
+    engine: Any
+
+    def sleep(self) -> int:
+        """Leave the device's memory to others. Returns how many bytes of it that freed: none on a CPU."""
+        before = distributed.free_bytes()
+        self.engine.sleep()
+        return distributed.free_bytes() - before
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+
+class TrainedRole(Colocatable):
     """What policy and critic share: an engine over the ranks of their pool, and the updates of one step."""
 
     engine: TrainEngine
@@ -149,7 +165,7 @@ class CriticRole(TrainedRole):
         return token_values(self.engine, trajectories, self.config, lambda f, b: {"out": state_values(f(b))})
 
 
-class ReferenceRole:
+class ReferenceRole(Colocatable):
     def __init__(self, config_file: str):
         self.config: RlhfConfig = load(Path(config_file))
         model = load_language_model(str(self.config.model.path))
@@ -188,7 +204,9 @@ class RewardRole:
         return Score(None, why=why), None if self.true_reward is None else Score(None, why=why)
 
 
-class RolloutRole:
+class RolloutRole(Colocatable):
+    engine: RolloutEngine
+
     def __init__(self, config_file: str):
         config: SamplingConfig = load(Path(config_file))
         path = str(config.model.path)
@@ -200,7 +218,7 @@ class RolloutRole:
         renderer = ChatRenderer(tokenizer)
         around = (model, tokenizer, config.run.seed, renderer.stop_ids)
         if isinstance(config, CollectConfig) and isinstance(config.method, BeamConfig):
-            self.engine: RolloutEngine = BeamSearch(
+            self.engine = BeamSearch(
                 HFRolloutConfig(max_new_tokens=config.rollout.max_new_tokens),
                 *around,
                 num_best=config.num_samples,
@@ -208,7 +226,8 @@ class RolloutRole:
                 length_penalty=config.method.length_penalty,
             )
         elif by_vllm:
-            self.engine = build(config.rollout, *around, max_seq_len=config.data.max_seq_len)
+            limit, sleeps = config.data.max_seq_len, isinstance(config, RlhfConfig) and bool(config.colocated)
+            self.engine = build(config.rollout, *around, max_seq_len=limit, sleeps=sleeps)
         else:
             self.engine = build(config.rollout, *around)
         if not isinstance(config, CollectConfig) and config.environment is not None:
@@ -238,9 +257,19 @@ def opened_roles(
 ) -> Iterator[Mapping[str, WorkerPool]]:
     """A pool of each role of a run that is named, while the context is open."""
     config_file = str((directory.path / "config.yaml").resolve())
-    builds = {name: partial(ROLES[name], config_file) for name in names}
+    names = list(names)
+    asleep = shared(config.cluster, names)
+    builds = {name: partial(_built, ROLES[name], config_file, name in asleep) for name in names}
     with opened_pools(config.cluster, builds, directory.attempt_dir) as pools:
         yield pools
+
+
+def _built(kind: Callable[[str], Any], config_file: str, asleep: bool) -> Any:
+    """Those that share a device begin asleep: the next one is built in its memory."""
+    role = kind(config_file)
+    if asleep:
+        role.sleep()
+    return role
 
 
 def observation_renderer(renderer: ChatRenderer, config: EnvironmentConfig) -> Render:
