@@ -13,7 +13,7 @@ from llmscale.cluster.broadcast import SEE_LOGS, Meetings
 from llmscale.cluster.config import ClusterConfig, Transport
 from llmscale.cluster.pool import Pending, WorkerPool
 from llmscale.cluster.transports import new_carrier
-from llmscale.errors import LlmscaleError, WorkerLostError
+from llmscale.errors import WorkerLostError
 
 BUCKET_BYTES = 256 << 20  # of gathered weights held at once
 
@@ -72,22 +72,21 @@ class Publisher:
         errors: SimpleQueue[Exception | None] = SimpleQueue()
         for call in calls:
             threading.Thread(target=_report, args=(call, errors), daemon=True).start()
-        found: list[Exception] = []
+        lost: WorkerLostError | None = None
         for _ in calls:
             try:
-                error = errors.get(timeout=DEATH_IS_KNOWN_S if found else None)
+                error = errors.get(timeout=DEATH_IS_KNOWN_S if lost else None)
             except Empty:
                 break
-            if error is not None:
-                found.append(error)
-        for error in found:
-            if type(error) is not WorkerLostError or error.what == DIED:
+            if type(error) is WorkerLostError and error.what != DIED:  # it knows that somebody is gone, not who
+                lost = lost or error
+            elif error is not None:
                 raise error
-        if found and self.meetings is not None:
+        if lost is not None:
+            assert self.meetings is not None
             behind = ", ".join(f"rollout {place}" for place in self.meetings.behind(version, num_receivers))
-            first = found[0].what if isinstance(found[0], LlmscaleError) else str(found[0])
-            what = f"did not take weights {version} to the end within cluster.collective_timeout_s: {first}"
-            raise WorkerLostError(what, where=behind, fix=SEE_LOGS) from found[0]
+            what = f"did not take weights {version} to the end within cluster.collective_timeout_s: {lost.what}"
+            raise WorkerLostError(what, where=behind, fix=SEE_LOGS) from lost
 
 
 def _report(call: Pending, errors: SimpleQueue[Exception | None]) -> None:

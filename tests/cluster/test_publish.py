@@ -59,6 +59,8 @@ class Sender:
         buckets = iter(list(self.engine.full_parameters(BUCKET_BYTES, trained_only=self.adapted)))
         if self.damage == "lost":
             next(buckets)
+        if self.damage == "death":
+            os._exit(1)
         if self.damage == "broken":
             buckets = broken(buckets)
         if self.damage == "bit" and isinstance(self.carrier, Broadcast):
@@ -261,8 +263,8 @@ def test_a_receiver_that_hangs_is_named(in_ray: Mapping[str, WorkerPool], tmp_pa
     assert published.held() == [(3, published.sent())]
 
 
-def test_a_receiver_that_dies_is_named_and_others_go_on(in_ray: Mapping[str, WorkerPool], tmp_path: Path) -> None:
-    """The last test: it leaves one worker fewer. With the time limit that a run has by default."""
+def test_who_dies_is_named_and_others_go_on(in_ray: Mapping[str, WorkerPool], tmp_path: Path) -> None:
+    """The last test: it leaves workers dead. With the time limit that a run has by default."""
     published = Published(in_ray, Transport.broadcast, tmp_path, timeout_s=300)
     published.publish()
     published.rollout.call(Receiver.will, "die", 1).wait()
@@ -272,3 +274,6 @@ def test_a_receiver_that_dies_is_named_and_others_go_on(in_ray: Mapping[str, Wor
     assert told.value.where == "rollout 1" and time.monotonic() - started < 20
     assert published.publish(rollout=in_ray["reference"]) == 3
     assert published.held(in_ray["reference"]) == [(3, published.sent())]
+    with pytest.raises(WorkerLostError, match="died") as told:
+        published.publish("death", rollout=in_ray["reference"])
+    assert told.value.where == "policy 0" and time.monotonic() - started < 40
