@@ -72,6 +72,7 @@ class Broadcast:
                     shapes = {name: list(value.shape) for name, value in weights.items()}
                     say(shapes=shapes, dtype=str(dtype).removeprefix("torch."), digest=fingerprint(weights))
                     self._spread(weights.values())
+                    del bucket, weights  # else they would still be there while the next one is gathered
             except Exception as error:  # of whatever kind: nobody may wait for what does not come
                 say(failed=str(error))
                 raise

@@ -56,7 +56,7 @@ class Direct:
     """From hand to hand, in one process."""
 
     def send(self, version: int, buckets: Buckets, dtype: torch.dtype, meeting: None = None) -> list[WeightBucket]:
-        return [pack(bucket, dtype) for bucket in buckets if bucket]
+        return list(map(partial(pack, dtype=dtype), filter(None, buckets)))  # map keeps no bucket for longer
 
     def receive(self, version: int, parcel: list[WeightBucket]) -> list[WeightBucket]:
         return parcel
@@ -70,7 +70,8 @@ class ObjectStore:
     def send(self, version: int, buckets: Buckets, dtype: torch.dtype, meeting: None = None) -> list[Any]:
         import ray
 
-        return [ray.put(pack(bucket, dtype, copy=False)) for bucket in buckets if bucket]  # which copies
+        # The store makes the copy, and map keeps no bucket for longer.
+        return list(map(lambda bucket: ray.put(pack(bucket, dtype, copy=False)), filter(None, buckets)))
 
     def receive(self, version: int, parcel: list[Any]) -> list[WeightBucket]:
         import ray
@@ -110,6 +111,7 @@ class Files:
             # The format sorts by name, and a digest is of the weights in their order.
             told = {"digest": fingerprint(weights), "names": json.dumps(list(weights))}
             save_file(weights, paths[-1], metadata=told)
+            del bucket, weights  # else they would still be there while the next one is gathered
 
     def _read(self, path: str, source: str) -> WeightBucket:
         """Raises: WeightMismatchError where the file is gone, cut off, or not what was written."""

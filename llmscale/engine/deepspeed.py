@@ -136,6 +136,7 @@ class DeepSpeedEngine(FrozenEngine):
             with gathered:
                 whole = {name: self._whole(parameter) for name, parameter in bucket.items()}
                 yield whole if distributed.rank() == 0 else {}
+                del whole  # else it would still be there while the next one is gathered
 
     def snapshot(self) -> Callable[[Path], Digests]:
         return state.snapshot(self._pieces(), self.num_steps, self._part)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmscale.cluster.broadcast import Broadcast, Meeting
+from llmscale.cluster.broadcast import Broadcast, Meeting, Meetings
 from llmscale.cluster.config import Backend, ClusterConfig, PoolConfig, Transport
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import Publisher, VersionCounter
@@ -233,6 +234,30 @@ def test_a_file_that_is_cut_off_or_gone_is_told(in_ray: Mapping[str, WorkerPool]
         carrier.receive(7, [path])
 
 
+def one_at_a_time() -> Iterator[dict[str, torch.Tensor]]:
+    """Three buckets, each of which is made only when the one before is gone."""
+    made: list[weakref.ref] = []
+    for number in range(3):
+        assert not any(array() is not None for array in made), f"the buckets before {number} are still held"
+        array = np.full(1000, number, dtype=np.float32)
+        made.append(weakref.ref(array))
+        yield {f"weight {number}": torch.from_numpy(array)}
+        del array
+
+
+@pytest.mark.parametrize("transport", [Transport.direct, *IN_RAY], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sender_holds_one_bucket(
+    in_ray: Mapping[str, WorkerPool], transport: Transport, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    backend = Backend.local if transport is Transport.direct else Backend.ray
+    cluster = ClusterConfig(backend, transport=transport, collective_timeout_s=60)
+    with Meetings(cluster).meeting(1, ["the sender alone"], []) as meeting:
+        new_carrier(cluster, tmp_path).send(1, one_at_a_time(), dtype, meeting)
+    with pytest.raises(AssertionError, match="the buckets before 1 are still held"):
+        list(one_at_a_time())  # else the test could not fail
+
+
 def test_versions_never_repeat(tmp_path: Path) -> None:
     assert [VersionCounter(tmp_path / "version").next() for _ in range(3)] == [1, 2, 3]
 
@@ -245,7 +270,7 @@ def test_other_workers_join_a_broadcast(in_ray: Mapping[str, WorkerPool], tmp_pa
 
 
 def test_a_receiver_that_hangs_is_named(in_ray: Mapping[str, WorkerPool], tmp_path: Path) -> None:
-    published = Published(in_ray, Transport.broadcast, tmp_path, timeout_s=3)
+    published = Published(in_ray, Transport.broadcast, tmp_path, timeout_s=5)
     published.publish()
     published.rollout.call(Receiver.will, "hang", 1).wait()
     hung = published.rollout.call(Receiver.pid).wait()[1]
