@@ -55,6 +55,8 @@ class Broadcast:
         self.meeting: Meeting | None = None
         self.store: dist.Store
         self.group: Any = None
+        if self.device.type == "cpu":
+            atexit.register(self._leave)  # see distributed.destroy_at_exit
 
     def send(self, version: int, buckets: Buckets, dtype: torch.dtype, meeting: Any = None) -> None:
         if distributed.rank() != 0:
@@ -120,7 +122,6 @@ class Broadcast:
             own = distributed.address_towards(meeting.host) or distributed.LOOPBACK
             options._devices = [gloo.create_device(hostname=own)]
             self.group = gloo(self.store, rank, meeting.size, options)
-            atexit.register(self._leave)  # see distributed.destroy_at_exit
         self.meeting = meeting
 
     def _leave(self) -> None:

@@ -232,7 +232,6 @@ class RolloutRole(Colocatable):
             self.engine = build(config.rollout, *around)
         if not isinstance(config, CollectConfig) and config.environment is not None:
             self.engine = Turns(config.environment, self.engine, observation_renderer(renderer, config.environment))
-
         self.carrier = new_carrier(config.cluster, config.run_dir)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:

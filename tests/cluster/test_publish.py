@@ -17,6 +17,7 @@ import torch
 
 from llmscale.cluster.broadcast import Broadcast, Meeting, Meetings
 from llmscale.cluster.config import Backend, ClusterConfig, PoolConfig, Transport
+from llmscale.cluster.local import LocalPool
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import Publisher, VersionCounter
 from llmscale.cluster.transports import new_carrier
@@ -154,9 +155,12 @@ def in_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Wo
 class Published:
     """The workers of one test, and what it asks of them."""
 
-    def __init__(self, pools, transport: Transport, folder: Path, model: str = "tied", timeout_s: float = 60):
-        backend = Backend.local if pools["rollout"].num_workers == 1 else Backend.ray
-        cluster = ClusterConfig(backend=backend, transport=transport, collective_timeout_s=timeout_s)
+    def __init__(
+        self, pools, transport: Transport, folder: Path, model: str = "tied", timeout_s: float = 60, num_gpus: float = 0
+    ):
+        backend = Backend.local if isinstance(pools["rollout"], LocalPool) else Backend.ray
+        each = PoolConfig(num_gpus=num_gpus)
+        cluster = ClusterConfig(backend, transport=transport, collective_timeout_s=timeout_s, policy=each, rollout=each)
         self.policy, self.rollout, self.folder = pools["policy"], pools["rollout"], folder
         for name in pools:
             pools[name].call(ROLES[name].start, cluster, str(folder), model).wait()
@@ -256,6 +260,19 @@ def test_the_sender_holds_one_bucket(
         new_carrier(cluster, tmp_path).send(1, one_at_a_time(), dtype, meeting)
     with pytest.raises(AssertionError, match="the buckets before 1 are still held"):
         list(one_at_a_time())  # else the test could not fail
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("model", MODELS)
+def test_gpus_broadcast_by_nccl(model: str, tmp_path: Path) -> None:
+    """Not run yet, as in tests/engine/test_gpu.py."""
+    one = PoolConfig(1, 0.1, num_gpus=1)
+    cluster = ClusterConfig(Backend.ray, policy=one, rollout=one)
+    with opened_pools(cluster, {name: ROLES[name] for name in ("policy", "rollout")}, tmp_path / "logs") as pools:
+        published = Published(pools, cluster.carried_by, tmp_path, model, num_gpus=1)
+        assert cluster.carried_by is Transport.broadcast and published.publish() == 1
+        assert published.held() == [(1, published.sent())]
 
 
 def test_versions_never_repeat(tmp_path: Path) -> None:
