@@ -97,13 +97,13 @@ def _interface(world: World) -> str | None:
     if world.size == 1 or master == LOOPBACK or os.environ.get("LOCAL_WORLD_SIZE") == str(world.size):
         return _interface_of(LOOPBACK)
     for there in (master, ANYWHERE):  # the host of rank 0 may know the master by a loopback address too
-        own = _address_towards(there)
+        own = address_towards(there)
         if own is not None and not own.startswith("127."):
             return _interface_of(own)
     return None
 
 
-def _address_towards(there: str) -> str | None:
+def address_towards(there: str) -> str | None:
     """This host's own IPv4 address on the way to another host; None when there is no way. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -134,6 +134,11 @@ def _loopback_store(world: World, timeout: timedelta) -> dist.Store | None:
         return dist.TCPStore(address, port, world.size, False, timeout)
     listening = socket.create_server((address, port))
     return dist.TCPStore(address, port, world.size, True, timeout, master_listen_fd=listening.detach())
+
+
+def free_bytes() -> int:
+    """Of the memory of this process's device; 0 where that is the CPU, whose memory nobody hands over."""
+    return torch.cuda.mem_get_info(device())[0] if torch.cuda.is_available() else 0
 
 
 def world_size() -> int:

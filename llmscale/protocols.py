@@ -129,6 +129,13 @@ class TrainEngine(Protocol):
         """Collective: write the adapter of an adapted model alone, in PEFT's format."""
         ...
 
+    def sleep(self) -> None:
+        """Leave the memory of the device to others: weights, gradients and optimizer state wait in host memory. Nothing else is
+        asked until `wake`, after which all is as it was, bit for bit. On a CPU there is nothing to move."""
+        ...
+
+    def wake(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class SamplingRequest:
@@ -162,6 +169,13 @@ class RolloutEngine(Protocol):
         Raises: WeightMismatchError when what arrived, or what is held afterwards, is not what was published.
         """
         ...
+
+    def sleep(self) -> None:
+        """Leave the memory of the device to others, until `wake`. It then holds the weights that it held, and samples what it
+        would have sampled. On a CPU there is nothing to move."""
+        ...
+
+    def wake(self) -> None: ...
 
 
 @dataclass(frozen=True)

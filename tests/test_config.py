@@ -16,6 +16,7 @@ import llmscale.data.config
 import llmscale.data.tokenizer
 import llmscale.models.config
 import llmscale.stages
+from llmscale.cluster.config import Transport
 from llmscale.compose import choices, comments, compose, known_paths, nearest
 from llmscale.config import STAGE, build, difference, from_dict, load, option, options, to_dict, to_yaml
 from llmscale.engine.config import OWNED, DeepSpeedConfig, Precision
@@ -330,6 +331,19 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
         ("pretrain", ["cluster.trainer.num_workers=2"], "cluster.trainer.num_workers"),
         ("rlhf", ["cluster=ray", "cluster.critic.num_workers=2"], "cluster.critic.num_workers"),
         ("rlhf", ["cluster.rollout.num_workers=2"], "cluster.rollout.num_workers"),
+        ("rlhf", ["cluster.transport=object_store"], "cluster.transport"),
+        ("rlhf", ["cluster.transport=broadcast"], "cluster.transport"),
+        ("rlhf", ["cluster=ray", "cluster.transport=direct"], "cluster.transport"),
+        ("rlhf", ["cluster=ray", "cluster.transport=cuda_ipc"], "cluster.transport"),
+        ("rlhf", ["cluster=colocated", "cluster.transport=broadcast"], "cluster.transport"),
+        ("rlhf", ["cluster=ray", "cluster.colocated=[policy]"], "cluster.colocated"),
+        ("rlhf", ["cluster=ray", "cluster.colocated=[policy,critic]"], "cluster.colocated"),
+        ("rlhf", ["cluster=ray", "cluster.colocated=[policy,reward,rollout]"], "cluster.colocated"),
+        ("rlhf", ["cluster=ray", "cluster.colocated=[policy,rollout,rollout]"], "cluster.colocated"),
+        ("rlhf", ["cluster=colocated", "cluster.rollout.num_workers=2"], "cluster.rollout.num_workers"),
+        ("rlhf", ["cluster=colocated", "cluster.rollout.num_gpus=1"], "cluster.rollout.num_gpus"),
+        ("rlhf", ["cluster=colocated", "cluster.policy.num_gpus=0.5"], "cluster.policy.num_gpus"),
+        ("rlhf", ["cluster=colocated", "engine=deepspeed", "engine.zero_stage=3"], "engine.zero_stage"),
         ("pretrain", ["data.max_seq_len=5000"], "data.max_seq_len"),
         ("rlhf", ["rollout.max_new_tokens=256"], "rollout.max_new_tokens"),
         ("rlhf", ["algorithm.global_batch_size=65"], "algorithm.global_batch_size"),
@@ -389,6 +403,19 @@ def test_vllm_that_is_not_installed_is_found_before_work_starts(monkeypatch: pyt
     monkeypatch.setattr("llmscale.rollout.config.find_spec", lambda name: None)
     error = refused("rlhf", "rollout=vllm", "cluster=ray")
     assert error.where == "rollout.name" and "make vllm" in str(error.fix)
+
+
+def test_the_transport_is_chosen_by_where_the_workers_are():
+    carried = {
+        "local": Transport.direct,
+        "ray": Transport.object_store,
+        "colocated": Transport.object_store,
+        "gpus": Transport.broadcast,
+    }
+    for name, transport in carried.items():
+        assert composed("rlhf", f"cluster={name}", "engine=deepspeed").cluster.carried_by is transport
+    assert composed("rlhf", "cluster=ray", "cluster.transport=file").cluster.carried_by is Transport.file
+    composed("collect", "cluster=colocated", "method=best_of_n")  # whose rollouts share with nobody
 
 
 def test_an_optimizer_that_zero_breaks_names_those_that_it_does_not():

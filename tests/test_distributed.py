@@ -92,7 +92,7 @@ def test_ranks_of_one_host_speak_over_loopback(
 def test_ranks_of_several_hosts_speak_over_an_interface_that_others_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the master's name leads to loopback, as a host's own name does on Debian."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    own = distributed._address_towards(distributed.ANYWHERE)
+    own = distributed.address_towards(distributed.ANYWHERE)
     if own is None:
         pytest.skip("needs a default route")
     for master in (own, "127.0.1.1"):

@@ -12,6 +12,7 @@ import pytest
 
 from llmscale.data.tasks import read_task
 from tests.conftest import ROOT
+from tests.hosts.commands import documented
 
 README = (ROOT / "README.md").read_text()
 DEMO = "make demo"
@@ -64,6 +65,14 @@ def test_the_sections_come_in_order() -> None:
         "How it is laid out",
         "How to add an algorithm",
     ]
+
+
+def test_more_rollouts_are_the_number_that_runs_over_hosts() -> None:
+    """The README's override is one of the command of docs/hosts.md that tests/hosts/test_ray.py runs."""
+    section = README.partition("\n### More rollouts\n")[2].partition("\n## ")[0].partition("\n### ")[0]
+    (number,) = re.findall(r"cluster\.rollout\.num_workers=\d+", section)
+    _, over_hosts = documented("Ray")[5]
+    assert over_hosts.startswith("export") and f" {number} " in over_hosts and "llmscale rlhf" in over_hosts
 
 
 def run(line: str, folder: Path) -> str:

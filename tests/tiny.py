@@ -26,12 +26,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(iter(["the cat sat on the mat"]), MIN_VOCAB_SIZE, model_max_length=64)
 
 
-def _llama(seed: int, vocab_size: int, tie: bool, max_position: int, kind: type, **kwargs: Any) -> Any:
+def _llama(
+    seed: int, vocab_size: int, tie: bool, max_position: int, kind: type, hidden_size: int = 32, **kwargs: Any
+) -> Any:
     torch.manual_seed(seed)
     return kind(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=32,
+            hidden_size=hidden_size,
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -45,9 +47,16 @@ def _llama(seed: int, vocab_size: int, tie: bool, max_position: int, kind: type,
 
 
 def language_model(
-    seed: int = 0, *, vocab_size: int = VOCAB_SIZE, tie: bool = True, max_position: int = 64, head_dim: int = 8
+    seed: int = 0,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    tie: bool = True,
+    max_position: int = 64,
+    head_dim: int = 8,
+    hidden_size: int = 32,
 ) -> LanguageModel:
-    return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM, head_dim=head_dim))
+    shape = {"head_dim": head_dim, "hidden_size": hidden_size}
+    return LanguageModel(_llama(seed, vocab_size, tie, max_position, LlamaForCausalLM, **shape))
 
 
 def adapted_model(seed: int = 0, *, rank: int = 4, base: LanguageModel | None = None) -> LanguageModel:

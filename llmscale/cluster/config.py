@@ -10,6 +10,8 @@ from llmscale.config import Problem, at_least, option
 
 RLHF_ROLES = ("policy", "critic", "reference", "reward", "rollout")
 
+COLOCATABLE = ("policy", "critic", "reference", "rollout")
+
 
 class Backend(Enum):
     local = "local"  # everything in this process: for debugging, and for one small device
@@ -19,6 +21,17 @@ class Backend(Enum):
 class Placement(Enum):
     pack = "PACK"  # workers of a pool on as few nodes as possible
     spread = "SPREAD"  # on as many as possible
+
+
+class Transport(Enum):
+    """How new weights get from the policy to the rollout workers."""
+
+    auto = "auto"  # broadcast where both have whole GPUs of their own, else direct in one process, object_store in Ray
+    direct = "direct"  # by hand, in one process
+    object_store = "object_store"  # Ray's shared memory: once a host
+    file = "file"  # files in the run directory, which every host sees
+    broadcast = "broadcast"  # from the policy to all workers at the same time: NCCL between whole GPUs, else gloo
+    cuda_ipc = "cuda_ipc"  # refused, see problems
 
 
 @dataclass
@@ -70,6 +83,10 @@ class ClusterConfig:
 
     backend: Backend = Backend.local
     address: str | None = None  # of a running Ray cluster; None: one is started on this machine
+    # RLHF roles whose worker i have one place and one device, whose memory is the rollouts' or the others', by turns: rollout
+    # and some of policy, critic, reference. The others are placed separately
+    colocated: list[str] = field(default_factory=list)
+    transport: Transport = Transport.auto  # of new weights to the rollout workers
     threads_per_worker: int = 1  # CPU threads of torch in each worker
     start_timeout_s: float = 120.0  # longest wait for a pool to come up
     collective_timeout_s: float = 300.0  # longest wait inside one collective before its ranks give up
@@ -95,6 +112,20 @@ class ClusterConfig:
         """Whether every worker runs in the driver's own process."""
         return self.backend is Backend.local and self.address is None
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether policy and rollout workers have whole GPUs."""
+        return self.policy.num_gpus >= 1 and self.rollout.num_gpus >= 1
+
+    @property
+    def carried_by(self) -> Transport:
+        """The transport that is meant."""
+        if self.transport is not Transport.auto:
+            return self.transport
+        if self.one_process:
+            return Transport.direct
+        return Transport.broadcast if self.on_gpus and not self.colocated else Transport.object_store
+
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
         yield from at_least(self, stall_timeout_s=1, max_restarts=0, answer_timeout_s=1, progress_timeout_s=1)
@@ -103,3 +134,34 @@ class ClusterConfig:
                 if getattr(self, role).num_workers > 1:
                     what = "the local backend runs one worker of each role"
                     yield f"{role}.num_workers", what, "Add cluster=ray, or leave it at 1."
+        yield from self._unfit_transport()
+        yield from self._unfit_colocation()
+
+    def _unfit_transport(self) -> Iterator[Problem]:
+        if self.transport is Transport.cuda_ipc:
+            what = "CUDA IPC needs policy and rollout weights on one device at a time, where colocated roles have it by turns"
+            yield "transport", what, "Leave it out: colocated workers share host memory, by object_store or file."
+        if self.transport is Transport.direct and not self.one_process:
+            yield "transport", "direct is by hand, and here are several processes", "Leave it out."
+        if self.transport in (Transport.object_store, Transport.broadcast) and self.one_process:
+            yield "transport", f"{self.transport.value} is between processes, and here is one", "Add cluster=ray."
+        if self.transport is Transport.broadcast and self.colocated:
+            what = "both ends have to be awake, and colocated roles have the device by turns"
+            yield "transport", what, "Leave it out."
+
+    def _unfit_colocation(self) -> Iterator[Problem]:
+        if not self.colocated:
+            return
+        unknown = [name for name in self.colocated if name not in COLOCATABLE]
+        if unknown or "rollout" not in self.colocated or not 1 < len(self.colocated) == len(set(self.colocated)):
+            what = f"[{', '.join(self.colocated)}] are not rollout and some of policy, critic and reference, each once"
+            yield "colocated", what, "For example [policy,rollout]."
+            return
+        first, *others = self.colocated
+        pool: PoolConfig = getattr(self, first)
+        if pool.num_gpus not in (0, 1):
+            yield f"{first}.num_gpus", f"colocated workers share one device, not {pool.num_gpus:g}", "Set it to 1 or 0."
+        for name in others:
+            for key in ("num_workers", "num_gpus", "placement"):
+                if getattr(getattr(self, name), key) != getattr(pool, key):
+                    yield f"{name}.{key}", f"{name} has the places of {first}, and another {key}", "Give both the same."

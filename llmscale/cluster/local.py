@@ -25,6 +25,10 @@ class LocalPool(WorkerPool):
     def __init__(self, role: str, build: Callable[[], Any]):
         self.role, self.worker = role, build()
 
+    @property
+    def members(self) -> list[str]:
+        return [self.role]
+
     def call(self, method: Callable[..., Any], *args: Any) -> Done:
         return Done([method(self.worker, *args)])
 

@@ -53,6 +53,11 @@ class WorkerPool(ABC):
     num_workers: int
     ahead: int  # times the workers: units of a stream that are begun and not yet taken, so that a slow one stops nobody soon
 
+    @property
+    @abstractmethod
+    def members(self) -> Sequence[str]:
+        """Who the workers are: another one in the place of one that died has another name."""
+
     @abstractmethod
     def call(self, method: Callable[..., Any], *args: Any) -> Pending:
         """The same call on every worker; one result a worker. Collective methods of roles are called this way."""

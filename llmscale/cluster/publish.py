@@ -1,31 +1,22 @@
-"""From the policy to the rollout workers: versioned weights, a bucket at a time, through Ray's object store where there is
-one (numpy arrays there are shared memory, read without a copy) and by hand in one process."""
+"""From the policy to the rollout workers: versioned weights, a bucket at a time, by the transport that the config chooses."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llmscale.checkpoint.durable import atomic_write_text
-from llmscale.models.weights import pack
-from llmscale.protocols import WeightBucket
+from llmscale.cluster.broadcast import SEE_LOGS, Meetings
+from llmscale.cluster.config import ClusterConfig, Transport
+from llmscale.cluster.pool import Pending, WorkerPool
+from llmscale.cluster.transports import new_carrier
+from llmscale.errors import WorkerLostError
 
 BUCKET_BYTES = 256 << 20  # of gathered weights held at once
-
-
-def send(buckets: Iterable[Mapping[str, Tensor]], dtype: torch.dtype) -> list[Any]:
-    """Put each gathered bucket where receivers find it; returns handles (none on ranks that receive nothing)."""
-    in_store = _in_ray()  # which copies what is put there
-    return [_put(pack(bucket, dtype, copy=not in_store)) for bucket in buckets if bucket]
-
-
-def receive(handles: list[Any]) -> list[WeightBucket]:
-    return [_get(handle) for handle in handles]
 
 
 class VersionCounter:
@@ -41,14 +32,83 @@ class VersionCounter:
         return self.value
 
 
-def _in_ray() -> bool:
-    """Ray is never imported here for the first time: a run without it must not load it."""
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+class Publisher:
+    """The driver's part: it numbers the versions and sees that each is held by every rollout worker, by one call to each."""
+
+    def __init__(self, cluster: ClusterConfig, run_dir: Path):
+        self.versions = VersionCounter(run_dir / "weight_version")
+        self.carrier = new_carrier(cluster, run_dir)
+        self.meetings = Meetings(cluster) if cluster.carried_by is Transport.broadcast else None
+        self.loading: deque[tuple[int, Pending]] = deque()  # versions that workers have not been seen to take yet
+
+    def publish(
+        self,
+        policy: WorkerPool,
+        send: Callable[..., Any],
+        rollout: WorkerPool,
+        load: Callable[..., Any],
+        sent: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Returns the version, which the workers have been given: each takes it when it is done with what it is about, and one
+        that is to take another's place takes it first.
+
+        `send(version, meeting)` and `load(version, parcel)` are the methods of the workers, as in
+        `llmscale.cluster.transports.Carrier`; `sent` is called between them, unless they run at the same time.
+
+        Raises: WorkerLostError naming who is gone or too slow, where both ends are at work at the same time.
+        """
+        version = self.versions.next()
+        if self.meetings is not None:
+            with self.meetings.meeting(version, policy.members, rollout.members) as meeting:
+                calls = policy.call(send, version, meeting), rollout.call(load, version, meeting)
+                self._wait(version, rollout.num_workers, *calls)
+        else:
+            parcel = policy.call(send, version, None).wait()[0]
+            sent()
+            self.loading.append((version, rollout.install(load, version, parcel)))
+        return version
+
+    def wait(self, at_most: int = 0) -> None:
+        """Until no more than so many versions are on their way.
+
+        Raises: WeightMismatchError when what arrived is not what was sent.
+        """
+        while len(self.loading) > at_most:
+            version, loaded = self.loading.popleft()
+            loaded.wait()
+            self.carrier.clear(version)
+
+    def _wait(self, version: int, num_receivers: int, *calls: Pending) -> None:
+        """For calls that wait for each other: the first failure of any, or of those that follow from it the one that knows
+        most."""
+        from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S
+
+        errors: SimpleQueue[Exception | None] = SimpleQueue()
+        for call in calls:
+            threading.Thread(target=_report, args=(call, errors), daemon=True).start()
+        lost: WorkerLostError | None = None
+        for _ in calls:
+            try:
+                error = errors.get(timeout=DEATH_IS_KNOWN_S if lost else None)
+            except Empty:
+                break
+            if (
+                type(error) is WorkerLostError and error.cause == WorkerLostError.cause
+            ):  # it knows that somebody is gone, not who
+                lost = lost or error
+            elif error is not None:
+                raise error
+        if lost is not None:
+            assert self.meetings is not None
+            behind = ", ".join(f"rollout {place}" for place in self.meetings.behind(version, num_receivers))
+            what = f"did not take weights {version} to the end within cluster.collective_timeout_s: {lost.what}"
+            raise WorkerLostError(what, where=behind, fix=SEE_LOGS) from lost
 
 
-def _put(bucket: WeightBucket) -> Any:
-    return sys.modules["ray"].put(bucket) if _in_ray() else bucket
-
-
-def _get(handle: Any) -> WeightBucket:
-    return sys.modules["ray"].get(handle) if _in_ray() else handle
+def _report(call: Pending, errors: SimpleQueue[Exception | None]) -> None:
+    try:
+        call.wait()
+    except Exception as error:  # the waiting thread's to judge
+        errors.put(error)
+    else:
+        errors.put(None)

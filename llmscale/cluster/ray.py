@@ -9,15 +9,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 
+from llmscale.cluster import placement
 from llmscale.cluster.config import ClusterConfig, PoolConfig
+from llmscale.cluster.placement import Group
 from llmscale.cluster.pool import Event
 from llmscale.cluster.ray_pool import RayPool
 from llmscale.cluster.reaper import Reaper
@@ -25,6 +27,7 @@ from llmscale.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
 KNOCK_S = 10.0
+PATIENCE_S = 3.0  # before it is said for what a pool waits
 HOW_TO_JOIN = (
     "Ray must be up there (ray status), this host a part of it (ray start), and RAY_AUTH_MODE and the token those that it "
     "was started with."
@@ -36,7 +39,7 @@ reapers: list[Reaper] = []  # of the Ray that this process has started
 def opened_ray_pools(
     cluster: ClusterConfig, roles: Mapping[str, Callable[[], Any]], log_dir: str, event: Event
 ) -> Iterator[dict[str, RayPool]]:
-    """Connect to Ray or start it here, reserve a placement group for each role, and build every role at the same time."""
+    """Connect to Ray or start it here, reserve the places of every role, and build the roles."""
     pools: dict[str, RayPool] = {}
     try:
         _open(pools, cluster, roles, log_dir, event)
@@ -58,20 +61,29 @@ def _open(
     listed = ", ".join(f"{config.num_workers} {name}" for name, config in configs.items())
     print(f"starting Ray and its workers: {listed}", file=sys.stderr, flush=True)
     _connect(cluster, configs)
-    _check_resources(configs)
-    deadline = time.monotonic() + cluster.start_timeout_s
-    groups = {name: placement_group(_bundles(c), strategy=c.placement.value) for name, c in configs.items()}
-    for name, group in groups.items():
-        if not group.wait(max(1.0, deadline - time.monotonic())):
-            raise ClusterError(
-                f"no place was found in {cluster.start_timeout_s:.0f} s for {_needs(configs[name])}",
-                where=f"cluster.{name}",
-                fix="Another job may hold what it needs; or lower what this pool asks for.",
-            )
-    pools |= {name: RayPool(name, cluster, groups[name], log_dir, event) for name in configs}
-    building = [(pool, pool.start(roles[name])) for name, pool in pools.items()]
-    for pool, refs in building:
-        pool.started(refs)
+    groups = placement.groups(cluster, roles)
+    placement.check(groups, [(n["NodeManagerAddress"], n["Resources"]) for n in ray.nodes() if n["Alive"]])
+    for group, place in zip(groups, _reserved(groups, cluster.start_timeout_s), strict=True):
+        pools |= {name: RayPool(name, group.share(name), cluster, place, log_dir, event) for name in group.pools}
+    for together in placement.start_order(cluster, roles):
+        building = [(pools[name], pools[name].start(roles[name])) for name in together]
+        for pool, refs in building:
+            pool.started(refs)
+
+
+def _reserved(groups: Sequence[Group], timeout_s: float) -> list[PlacementGroup]:
+    """Raises: ClusterError when somebody else holds what a group needs, and goes on to."""
+    places = [placement_group([dict(g.place)] * g.size, strategy=g.any.placement.value) for g in groups]
+    deadline = time.monotonic() + timeout_s
+    for group, place in zip(groups, places, strict=True):
+        if place.wait(PATIENCE_S):
+            continue
+        what = placement.lacking(group, ray.available_resources(), ray.cluster_resources())
+        print(f"waiting for {group.where}: {what}", file=sys.stderr, flush=True)
+        if not place.wait(max(0.0, deadline - time.monotonic())):
+            fix = f"Nothing changed in {timeout_s:g} s (cluster.start_timeout_s). End what runs there, or lower what it needs."
+            raise ClusterError(what, where=group.where, fix=fix)
+    return places
 
 
 def _shut_down() -> None:
@@ -130,29 +142,3 @@ def _knock(address: str) -> None:
     host, _, port = address.rpartition(":")
     if port.isdigit() and "/" not in host:  # else `auto` or a form of Ray's own
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
-def _check_resources(configs: dict[str, PoolConfig]) -> None:
-    """Raises: ClusterError naming the first role that cannot be placed, what it lacks and what the cluster has."""
-    left = dict(ray.cluster_resources())
-    for name, config in configs.items():
-        per_worker = {"CPU": config.num_cpus, "GPU": config.num_gpus} | dict(config.resources)
-        for resource, amount in per_worker.items():
-            needed, has = amount * config.num_workers, left.get(resource, 0.0)
-            if needed > has:
-                total = ray.cluster_resources().get(resource, 0.0)
-                raise ClusterError(
-                    f"{config.num_workers} workers need {needed:g} {resource}, the cluster has {total:g}, {has:g} left",
-                    where=f"cluster.{name}",
-                    fix="Lower num_workers or what each worker gets, or add nodes.",
-                )
-            left[resource] = has - needed
-
-
-def _bundles(config: PoolConfig) -> list[dict[str, float]]:
-    bundle = {"CPU": config.num_cpus, "GPU": config.num_gpus} | dict(config.resources)
-    return [{name: amount for name, amount in bundle.items() if amount}] * config.num_workers
-
-
-def _needs(config: PoolConfig) -> str:
-    return f"{config.num_workers} workers with {_bundles(config)[0]}"

@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from llmscale.cluster.config import ClusterConfig, PoolConfig
+from llmscale.cluster.config import ClusterConfig, PoolConfig, Transport
 from llmscale.cluster.pool import Doing, Event, Instead, WorkerPool
 from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S, TICK_S, Call, Closed, Fault, RayWorker
 from llmscale.cluster.restarts import Restarts
@@ -70,20 +70,16 @@ class RayPool(WorkerPool):
     ahead = 8
     build: Callable[[], Any]
 
-    def __init__(self, role: str, cluster: ClusterConfig, group: PlacementGroup, log_dir: str, event: Event):
-        config: PoolConfig = getattr(cluster, role)
-        self.role, self.num_workers, self.group, self.log_dir, self.event = (
-            role,
-            config.num_workers,
-            group,
-            log_dir,
-            event,
-        )
+    def __init__(
+        self, role: str, config: PoolConfig, cluster: ClusterConfig, group: PlacementGroup, log_dir: str, event: Event
+    ):
+        self.role, self.num_workers, self.group = role, config.num_workers, group
+        self.log_dir, self.event = log_dir, event
         self.threads, self.start_timeout_s = cluster.threads_per_worker, cluster.start_timeout_s
         # Ranks of a supervised stage watch each other, and know more: training/watchdog.py.
         self.answer_timeout_s = cluster.answer_timeout_s if role != "trainer" else None
         self.resources = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "resources": dict(config.resources)}
-        self.heals = role in HEALING
+        self.heals = _heals(role, cluster)
         self.restarts = Restarts(cluster.max_restarts)
         self.queue: deque[Call] = deque()  # of units, for whichever worker is free
         self.installed: tuple[str, list[Any]] | None = None
@@ -91,6 +87,10 @@ class RayPool(WorkerPool):
         self.broken: LlmscaleError | None = None  # why it takes no more work
         self.changed = threading.Condition()  # of all of these, and of the workers' calls
         self.workers = [RayWorker(self, bundle) for bundle in range(self.num_workers)]
+
+    @property
+    def members(self) -> list[str]:
+        return [worker.actor._actor_id.hex() for worker in self.workers]
 
     def start(self, build: Callable[[], Any]) -> list[ray.ObjectRef]:
         """Begin to build the role on every worker; returns what `started` waits for."""
@@ -285,6 +285,13 @@ class RayPool(WorkerPool):
                 what = "this worker died" if isinstance(error, RayActorError) else str(error)
                 raise WorkerLostError(what, where=worker.where, fix=worker.fix) from error
         return [results[ref] for ref in refs]
+
+
+def _heals(role: str, cluster: ClusterConfig) -> bool:
+    """A worker that takes another's place needs the weights of the last publication, which a broadcast does not leave behind,
+    and a device of its own: whose turn it is with a shared one, the driver alone knows."""
+    broadcast = role == "rollout" and cluster.carried_by is Transport.broadcast
+    return role in HEALING and role not in cluster.colocated and not broadcast
 
 
 def _first_cause(error: BaseException, waiting: list[Call]) -> BaseException:

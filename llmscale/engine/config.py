@@ -63,6 +63,11 @@ class EngineConfig:
         """Whether a rank's attention is given whole sequences."""
         return True
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can leave its device's memory to others for a while."""
+        return True
+
 
 @option("engine", "single", builds="llmscale.engine.single:SingleEngine")
 @dataclass
@@ -134,6 +139,11 @@ class DeepSpeedConfig(EngineConfig):
     @property
     def whole_sequences(self) -> bool:
         return self.sequence_parallel_size == 1
+
+    @property
+    def sleeps(self) -> bool:
+        # DeepSpeed 0.19 cannot move its optimizer for stage 1 in bf16, and of stage 3 only the state of its own FusedAdam.
+        return self.zero_stage == 2
 
     @property
     def scatters(self) -> bool:

@@ -136,6 +136,7 @@ class DeepSpeedEngine(FrozenEngine):
             with gathered:
                 whole = {name: self._whole(parameter) for name, parameter in bucket.items()}
                 yield whole if distributed.rank() == 0 else {}
+                del whole  # else it would still be there while the next one is gathered
 
     def snapshot(self) -> Callable[[Path], Digests]:
         return state.snapshot(self._pieces(), self.num_steps, self._part)
@@ -151,6 +152,21 @@ class DeepSpeedEngine(FrozenEngine):
 
     def export_adapter(self, directory: Path) -> None:
         self._write(partial(save_adapter, self.model, directory), trained_only=True)
+
+    def sleep(self) -> None:
+        """Where `config.sleeps`."""
+        self._move(torch.device("cpu"))
+        self.module.offload_states(pin_memory=self.device.type == "cuda")
+
+    def wake(self) -> None:
+        self.module.reload_states()
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        """What is frozen, which DeepSpeed does not know of."""
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(device)
 
     def _write(self, save: Callable[[Iterator[dict[str, Tensor]]], None], trained_only: bool = False) -> None:
         with self.averaged():

@@ -38,6 +38,17 @@ class FrozenEngine:
     def _placed(self, model: Model) -> Model:
         return model.to(self.device)
 
+    def sleep(self) -> None:
+        self._move(torch.device("cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # torch would keep what is free for itself
+
+    def wake(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+
     @torch.no_grad()
     def forward(
         self, micro_batches: Sequence[Batch], compute: Callable[[Forward, Batch], dict[str, Tensor]]

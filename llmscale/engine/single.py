@@ -100,6 +100,11 @@ class SingleEngine(FrozenEngine):
         with self.averaged():
             save_adapter(self.model, directory, self.full_parameters(SHARD_BYTES, trained_only=True))
 
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        for held in self.optimizer.state.values():  # each beside its weight: the optimizers are fused, or our own
+            held |= {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+
     def _pieces(self) -> list[state.Piece]:
         return [
             state.Piece(name, tuple(p.shape), 0, p.detach().view(-1), self.optimizer.state.get(p, {}))

@@ -24,13 +24,16 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def pack(weights: Mapping[str, Tensor], dtype: torch.dtype, copy: bool = True) -> WeightBucket:
-    """The weights in the precision in which they will be used, a snapshot unless `copy` is False. numpy has no bf16: those bits
+    """The weights in the precision in which they will be used, on the CPU, a snapshot unless `copy` is False."""
+    return bucket_of({n: v.detach().to("cpu", dtype, copy=copy).contiguous() for n, v in weights.items()})
+
+
+def bucket_of(weights: Mapping[str, Tensor], digest: str | None = None) -> WeightBucket:
+    """Tensors on the CPU as what travels, where they lie; `digest` is what their sender found. numpy has no bf16: those bits
     travel as uint16."""
-    cast = {name: value.detach().to("cpu", dtype, copy=copy).contiguous() for name, value in weights.items()}
-    arrays = {name: _bits(value).numpy() for name, value in cast.items()}
-    return WeightBucket(
-        arrays, {name: str(v.dtype).removeprefix("torch.") for name, v in cast.items()}, fingerprint(cast)
-    )
+    arrays = {name: _bits(value).numpy() for name, value in weights.items()}
+    dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in weights.items()}
+    return WeightBucket(arrays, dtypes, fingerprint(weights) if digest is None else digest)
 
 
 def load_buckets(model: nn.Module, buckets: Sequence[WeightBucket], source: str) -> None:

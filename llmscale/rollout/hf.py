@@ -90,6 +90,14 @@ class HFRollout:
         self.version = version
         self.interrupted.clear()
 
+    def sleep(self) -> None:
+        self.model.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # torch would keep what is free for itself
+
+    def wake(self) -> None:
+        self.model.to(distributed.device())
+
     def _left_padded(self, prompts: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` [B, T]; padding stands on the left, for generation continues at the right."""
         width = max(len(p) for p in prompts)

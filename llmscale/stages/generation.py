@@ -65,8 +65,15 @@ class Taken:
 class Generation:
     """The replay buffer: draws that are begun and that no step has taken yet."""
 
-    def __init__(self, pools: Mapping[str, WorkerPool], unit_size: int, replay: Replay | None = None):
+    def __init__(
+        self,
+        pools: Mapping[str, WorkerPool],
+        unit_size: int,
+        replay: Replay | None = None,
+        asks_reference: bool = True,
+    ):
         self.pools, self.unit_size, self.replay = pools, unit_size, replay
+        self.asks_reference = asks_reference and "reference" in pools
         self.draws: dict[int, list[tuple[Unit, int]]] = {}  # where the samples of each are
         self.saved: dict[int, list[str]] = {}  # those of a checkpoint, as JSON, until `resume`
 
@@ -138,7 +145,7 @@ class Generation:
 
     def _show(self, sampled: Future[list[Trajectory]] | list[Trajectory]) -> Shown:
         rewards = self.pools["reward"].submit(RewardRole.score, sampled, instead=unjudged)
-        if "reference" not in self.pools:
+        if not self.asks_reference:
             return rewards, None
         return rewards, self.pools["reference"].submit(ReferenceRole.logprobs, sampled)
 

@@ -8,7 +8,6 @@ this process, with the same code.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
-from llmscale.cluster.pool import Instead, Pending, WorkerPool
-from llmscale.cluster.publish import VersionCounter
+from llmscale.cluster.pool import Instead, WorkerPool
+from llmscale.cluster.publish import Publisher
 from llmscale.data.loader import micro_batches
 from llmscale.data.splits import Split
 from llmscale.phases import phase
@@ -53,7 +52,8 @@ from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
 from llmscale.stages.generation import Generation, Rewards, Taken, unjudged
 from llmscale.stages.rlhf_config import OnNonfinite, RlhfConfig
-from llmscale.stages.roles import CriticRole, PolicyRole, RewardRole, RolloutRole, new_algorithm
+from llmscale.stages.roles import CriticRole, PolicyRole, ReferenceRole, RewardRole, RolloutRole, new_algorithm
+from llmscale.stages.shifts import Shifts
 
 Metrics = dict[str, float]
 Sampled = tuple[Trajectory, Score, Score | None]  # with its reward and true reward
@@ -69,15 +69,18 @@ class Rlhf:
         config: RlhfConfig,
         prompts: Split[Prompt],
         pools: Mapping[str, WorkerPool],
-        versions: VersionCounter,
+        publisher: Publisher,
         event: Callable[..., None],
         record: Callable[[int, Sequence[Trajectory]], None],
         ledger: Ledger,
         replay: Replay | None = None,
     ):
-        self.config, self.prompts, self.pools, self.versions, self.event = config, prompts, pools, versions, event
+        self.config, self.prompts, self.pools, self.publisher, self.event = config, prompts, pools, publisher, event
         self.record, self.ledger, self.replay = record, ledger, replay
-        self.generation = Generation(pools, config.rollout.unit_size, replay)
+        self.shifts = Shifts(config.colocated, pools, event)
+        self.generation = Generation(
+            pools, config.rollout.unit_size, replay, asks_reference="reference" not in config.colocated
+        )
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
         self.kl_coef = AdaptiveCoefficient(
@@ -86,7 +89,6 @@ class Rlhf:
         self.step = 0
         self.weights = 0  # the newest version for the rollout workers; 0 are those that they started with
         self.updates = {0: 0}  # how many were done when a version was published; of those that a sample may be of
-        self.loading: deque[Pending] = deque()  # versions that workers have not been seen to take yet
         self.timings: Metrics = {}
 
     def iterate(self) -> tuple[Metrics, list[Scored]]:
@@ -150,6 +152,8 @@ class Rlhf:
         training = self.config.training
         steps_left = training.num_steps - self.step
         num = room(training.max_staleness, training.prompts_per_step, steps_left, under_way)
+        if num:
+            self.shifts.of_rollouts()
         self.generation.begin(self.requests(self.ledger.begin(num, self.step)))
 
     def requests(self, draws: Sequence[int]) -> list[SamplingRequest]:
@@ -163,6 +167,7 @@ class Rlhf:
     def score(self, taken: Taken, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
         """Rewards, and every model's view of every token; the pools work side by side. Samples without a reward are left
         out of the first list."""
+        self.shifts.of_training()
         old_logprobs = self.view("policy", PolicyRole.logprobs, trajectories)
         ref_logprobs = self.reference(taken, trajectories)
         values = self.view("critic", CriticRole.values, trajectories)
@@ -187,6 +192,8 @@ class Rlhf:
         """Ask the reference, which of a policy with an adapter is the policy without it; another one has been asked."""
         if self.config.reference_is_base:
             return self.pools["policy"].map(PolicyRole.ref_logprobs, trajectories).wait
+        if "reference" in self.config.colocated:  # it has slept till now
+            return self.view("reference", ReferenceRole.logprobs, trajectories)
         return taken.ref_logprobs
 
     def view(
@@ -245,12 +252,11 @@ class Rlhf:
         the unit that it is about, which nobody waits for before the bound on staleness says so."""
         if self.replay is not None:
             return
-        handles = self.pools["policy"].call(PolicyRole.publish).wait()[0]
-        self.weights = self.versions.next()
-        self.loading.append(self.pools["rollout"].install(RolloutRole.load_weights, self.weights, handles))
+        policy, rollout, sent = self.pools["policy"], self.pools["rollout"], self.shifts.of_rollouts
+        self.shifts.of_training()
+        self.weights = self.publisher.publish(policy, PolicyRole.publish, rollout, RolloutRole.load_weights, sent)
         bound = self.config.training.max_staleness
-        while len(self.loading) > bound:
-            self.loading.popleft().wait()
+        self.publisher.wait(at_most=bound)
         made = self.updates | {self.weights: self.step}
         self.updates = {version: updates for version, updates in made.items() if updates >= self.step - bound}
 

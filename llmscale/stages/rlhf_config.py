@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from llmscale.cluster.config import ChaosConfig
+from llmscale.cluster.placement import shared
 from llmscale.config import STAGE, Problem, at_least, option
 from llmscale.engine.config import Precision
 from llmscale.optim.config import OptimConfig
@@ -101,6 +102,11 @@ class RlhfConfig(TrainedConfig):
         return ["policy", *critic, *reference, "reward", *rollout]
 
     @property
+    def colocated(self) -> list[str]:
+        """Roles of this run that have their devices by turns."""
+        return shared(self.cluster, self.roles)
+
+    @property
     def reference_is_base(self) -> bool:
         """Whether the policy's workers answer for the reference too: without its adapter the policy is what it started as."""
         return self.algorithm.needs_reference and self.model.adapter is not None
@@ -143,6 +149,9 @@ class RlhfConfig(TrainedConfig):
         if self.engine.data_shard(1, 2) != (1, 2):
             what = "rlhf gives each rank sequences of its own"
             yield "engine", what, "Set engine.tensor_parallel_size=1 and engine.sequence_parallel_size=1."
+        if self.colocated and not self.engine.sleeps:
+            what = "DeepSpeed cannot move the optimizer of this stage out of a device that others are to use"
+            yield "engine.zero_stage", what, "Set engine.zero_stage=2, or leave out cluster.colocated."
         yield from sampling_problems(self)
         if self.record and self.replays:
             yield "record", "there is nothing new to record in what is replayed", "Leave it out."
@@ -150,6 +159,9 @@ class RlhfConfig(TrainedConfig):
             yield "chaos", "there are no workers but the driver itself", "Add cluster=ray or cluster=laptop."
         if self.training.max_staleness and self.replays:
             yield "training.max_staleness", "nothing is sampled that could be ahead of the updates", "Leave it at 0."
+        if self.training.max_staleness and self.colocated:
+            what = "colocated roles have their devices by turns: nothing is sampled while there is training"
+            yield "training.max_staleness", what, "Leave it at 0, or leave out cluster.colocated."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.rollout.truncates:

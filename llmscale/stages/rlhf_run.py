@@ -15,7 +15,7 @@ from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.checkpoint.run_directory import RunDirectory, run_id, run_once
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.pool import WorkerPool
-from llmscale.cluster.publish import VersionCounter
+from llmscale.cluster.publish import Publisher
 from llmscale.config import build, to_dict
 from llmscale.data.chat import CUT, ChatRenderer, Message
 from llmscale.data.splits import load_prompts
@@ -106,9 +106,9 @@ class RlhfRun:
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
-        versions = VersionCounter(self.directory.path / "weight_version")
+        publisher = Publisher(self.config.cluster, self.directory.path)
         ledger = Ledger(self.draws.append)
-        rlhf = Rlhf(self.config, self.prompts, pools, versions, self.tracker.event, self.record, ledger, self.replay)
+        rlhf = Rlhf(self.config, self.prompts, pools, publisher, self.tracker.event, self.record, ledger, self.replay)
         state = RunState()
         state.register("loop", Progress(rlhf, self))
         state.register("ledger", ledger)
@@ -138,6 +138,7 @@ class RlhfRun:
         for file in (self.draws, self.recording):
             if file is not None:
                 file.close()
+        rlhf.shifts.of_training()
         pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
 
     def look_for_overoptimisation(self) -> str | None:
@@ -164,6 +165,7 @@ class RlhfRun:
             return digests
 
         started = time.perf_counter()
+        rlhf.shifts.of_training()
         for file in (self.draws, self.recording):
             if file is not None:
                 file.sync()  # who resumes from this checkpoint counts on every step before it
@@ -173,6 +175,7 @@ class RlhfRun:
 
     def restore(self, rlhf: Rlhf, state: RunState, checkpoint: Checkpoint) -> None:
         state.load(checkpoint.path)
+        rlhf.shifts.of_training()
         for name, role in self.trained.items():
             rlhf.pools[name].call(role.load, str((checkpoint.path / name).resolve())).wait()
         rlhf.publish()

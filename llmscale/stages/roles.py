@@ -4,6 +4,7 @@ actor or in the driver's own process and knows nothing of either. Every role rea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +19,10 @@ from llmscale import distributed
 from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
 from llmscale.checkpoint.run_directory import RunDirectory
+from llmscale.cluster.placement import shared
 from llmscale.cluster.pool import WorkerPool, opened_pools
-from llmscale.cluster.publish import BUCKET_BYTES, receive, send
+from llmscale.cluster.publish import BUCKET_BYTES
+from llmscale.cluster.transports import new_carrier
 from llmscale.config import build, load
 from llmscale.data.batching import TokenBudget
 from llmscale.data.chat import ChatRenderer
@@ -56,7 +59,22 @@ def load_policy(config: StageConfig, empty: bool = False) -> LanguageModel:
     return adapted(load_language_model(str(config.model.path), empty=empty), config.model.adapter, config.run.seed)
 
 
-class TrainedRole:
+class Colocatable:
+    """A role that may have its device by turns with others."""
+
+    engine: Any
+
+    def sleep(self) -> int:
+        """Leave the device's memory to others. Returns how many bytes of it that freed: none on a CPU."""
+        before = distributed.free_bytes()
+        self.engine.sleep()
+        return distributed.free_bytes() - before
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+
+class TrainedRole(Colocatable):
     """What policy and critic share: an engine over the ranks of their pool, and the updates of one step."""
 
     engine: TrainEngine
@@ -115,6 +133,7 @@ class PolicyRole(TrainedRole):
         temperature, entropy_coef = self.config.rollout.temperature, self.config.algorithm.entropy_coef
         old_is_rollout, needs_advantages = not self.config.scores_by_policy, self.config.algorithm.needs_advantages
         self.objective = PolicyObjective(algorithm, temperature, entropy_coef, old_is_rollout, needs_advantages)
+        self.carrier = new_carrier(self.config.cluster, self.config.run_dir)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """log p of each token under the policy as it is now, float32 [T] a trajectory."""
@@ -126,11 +145,15 @@ class PolicyRole(TrainedRole):
         with self.model.adapter.off():
             return self.logprobs(trajectories)
 
-    def publish(self) -> list[Any]:
-        """Collective: handles to the weights, in the precision that rollouts use."""
+    def publish(self, version: int, meeting: Any) -> Any:
+        """Collective: send the weights, in the precision that rollouts use; see `llmscale.cluster.transports.Carrier`."""
         adapter_alone = self.config.publish is Publish.adapter
         buckets = self.engine.full_parameters(BUCKET_BYTES, trained_only=adapter_alone)
-        return send(buckets if adapter_alone else merged(self.model, buckets), torch_dtype(self.config))
+        whole = buckets if adapter_alone else merged(self.model, buckets)
+        try:
+            return self.carrier.send(version, whole, torch_dtype(self.config), meeting)
+        finally:
+            deque(buckets, maxlen=0)  # the other ranks gather to the end, whatever happened to what was gathered
 
 
 class CriticRole(TrainedRole):
@@ -146,7 +169,7 @@ class CriticRole(TrainedRole):
         return token_values(self.engine, trajectories, self.config, lambda f, b: {"out": state_values(f(b))})
 
 
-class ReferenceRole:
+class ReferenceRole(Colocatable):
     def __init__(self, config_file: str):
         self.config: RlhfConfig = load(Path(config_file))
         model = load_language_model(str(self.config.model.path))
@@ -185,7 +208,9 @@ class RewardRole:
         return Score(None, why=why), None if self.true_reward is None else Score(None, why=why)
 
 
-class RolloutRole:
+class RolloutRole(Colocatable):
+    engine: RolloutEngine
+
     def __init__(self, config_file: str):
         config: SamplingConfig = load(Path(config_file))
         path = str(config.model.path)
@@ -197,7 +222,7 @@ class RolloutRole:
         renderer = ChatRenderer(tokenizer)
         around = (model, tokenizer, config.run.seed, renderer.stop_ids)
         if isinstance(config, CollectConfig) and isinstance(config.method, BeamConfig):
-            self.engine: RolloutEngine = BeamSearch(
+            self.engine = BeamSearch(
                 HFRolloutConfig(max_new_tokens=config.rollout.max_new_tokens),
                 *around,
                 num_best=config.num_samples,
@@ -205,17 +230,19 @@ class RolloutRole:
                 length_penalty=config.method.length_penalty,
             )
         elif by_vllm:
-            self.engine = build(config.rollout, *around, max_seq_len=config.data.max_seq_len)
+            limit, sleeps = config.data.max_seq_len, isinstance(config, RlhfConfig) and bool(config.colocated)
+            self.engine = build(config.rollout, *around, max_seq_len=limit, sleeps=sleeps)
         else:
             self.engine = build(config.rollout, *around)
         if not isinstance(config, CollectConfig) and config.environment is not None:
             self.engine = Turns(config.environment, self.engine, observation_renderer(renderer, config.environment))
+        self.carrier = new_carrier(config.cluster, config.run_dir)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         return self.engine.generate(requests)
 
-    def load_weights(self, version: int, handles: list[Any]) -> None:
-        self.engine.load_weights(version, receive(handles))
+    def load_weights(self, version: int, parcel: Any) -> None:
+        self.engine.load_weights(version, self.carrier.receive(version, parcel))
 
 
 ROLES = {
@@ -233,9 +260,19 @@ def opened_roles(
 ) -> Iterator[Mapping[str, WorkerPool]]:
     """A pool of each role of a run that is named, while the context is open; `tracker` is told what becomes of workers."""
     config_file = str((directory.path / "config.yaml").resolve())
-    builds = {name: partial(ROLES[name], config_file) for name in names}
+    names = list(names)
+    asleep = shared(config.cluster, names)
+    builds = {name: partial(_built, ROLES[name], config_file, name in asleep) for name in names}
     with opened_pools(config.cluster, builds, directory.attempt_dir, tracker.event) as pools:
         yield pools
+
+
+def _built(kind: Callable[[str], Any], config_file: str, asleep: bool) -> Any:
+    """Those that share a device begin asleep: the next one is built in its memory."""
+    role = kind(config_file)
+    if asleep:
+        role.sleep()
+    return role
 
 
 def observation_renderer(renderer: ChatRenderer, config: EnvironmentConfig) -> Render:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from llmscale.checkpoint.run_directory import open_run
-from llmscale.cluster.publish import VersionCounter
+from llmscale.cluster.publish import Publisher
 from llmscale.compose import compose
 from llmscale.data.splits import load_prompts
 from llmscale.models.loading import load_tokenizer

@@ -173,7 +173,12 @@ def train_and_resume(
     resumed = bench.engine(model(seed=9), **settings)
     resumed.load(checkpoint)
     start = resumed.num_steps
-    again = [resumed.step(batches_of(bench, step), LANGUAGE) for step in range(start, num_steps)]
+    again = []
+    for step in range(start, num_steps):
+        if bench.config.sleeps:
+            resumed.sleep()
+            resumed.wake()
+        again.append(resumed.step(batches_of(bench, step), LANGUAGE))
     bench.keep(f"{name}_resumed", {"start": start, "metrics": again}, resumed)
     look_at_average(bench, f"{name}_resumed_average", resumed, batches_of(bench, 0))
 

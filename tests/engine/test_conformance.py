@@ -122,7 +122,7 @@ def test_twenty_steps_equal_the_references(results: Results, single: Results):
 
 @pytest.mark.parametrize("training", TRAININGS)
 def test_interrupted_and_resumed_equals_uninterrupted(results: Results, training: str):
-    """Bit for bit, the average too, by an engine that was built with other weights."""
+    """Bit for bit, the average too, by an engine that was built with other weights, and sleeps before each step if it can."""
     resumed, saved_at = results.numbers(f"{training}_resumed"), SAVED_AT if training == "fp32" else 4
     assert resumed["start"] == saved_at
     assert resumed["metrics"] == results.numbers(training)[saved_at:]

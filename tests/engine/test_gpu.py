@@ -61,3 +61,31 @@ def test_rollouts_sample_on_the_device() -> None:
     requests = [SamplingRequest(prompt([1, 2, 3]), draw_id, 0) for draw_id in range(4)]
     once, again = engine.generate(requests), engine.generate(requests)
     assert [t.token_ids.tolist() for t in once] == [t.token_ids.tolist() for t in again]
+
+
+@pytest.mark.parametrize("config", [SingleConfig(), DeepSpeedConfig(), DeepSpeedConfig(precision=Precision.bf16)])
+def test_what_sleeps_leaves_the_device_and_trains_on_as_if_awake(config: EngineConfig) -> None:
+    batch = OBJECTIVE.prepare(token_examples([9, 14, 5]))
+    straight = engine_of(config, language_model(hidden_size=1024))
+    expected = [straight.step([batch], OBJECTIVE)["loss"] for _ in range(3)]
+    before = torch.cuda.memory_allocated()
+    engine, losses = engine_of(config, language_model(hidden_size=1024)), []
+    for _ in range(3):
+        awake = torch.cuda.memory_allocated() - before
+        engine.sleep()
+        assert torch.cuda.memory_allocated() - before < 0.2 * awake
+        engine.wake()
+        losses.append(engine.step([batch], OBJECTIVE)["loss"])
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_rollouts_sleep_and_the_trainer_has_the_memory() -> None:
+    names = tokenizer()
+    model = language_model(vocab_size=len(names), hidden_size=1024)
+    engine = HFRollout(HFRolloutConfig(max_new_tokens=8), model, names, 0, ChatRenderer(names).stop_ids)
+    requests = [SamplingRequest(prompt([1, 2, 3]), draw_id, 0) for draw_id in range(4)]
+    once, awake = engine.generate(requests), torch.cuda.memory_allocated()
+    engine.sleep()
+    assert torch.cuda.memory_allocated() < 0.2 * awake
+    engine.wake()
+    assert [t.token_ids.tolist() for t in engine.generate(requests)] == [t.token_ids.tolist() for t in once]

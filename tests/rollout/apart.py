@@ -57,6 +57,12 @@ class ApartEngine:
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         self.apart.ask(self.wanted, "load_weights", version, buckets)
 
+    def sleep(self) -> None:
+        self.apart.ask(self.wanted, "sleep")
+
+    def wake(self) -> None:
+        self.apart.ask(self.wanted, "wake")
+
 
 class Apart:
     """The other process. vLLM has one engine in it at a time, so one is made when it is first used, in place of the one before;

@@ -306,6 +306,19 @@ def test_weights_of_another_model_are_refused(make):
     assert engine.generate(requests())[0].weight_versions[-1] == 0
 
 
+def test_who_slept_samples_what_it_would_have_sampled(make):
+    """The weights that it held, or new ones, which come when it is awake."""
+    engine = make(language_model(), max_new_tokens=8)
+    before = engine.generate(requests())
+    engine.sleep()
+    engine.wake()
+    assert tokens(engine.generate(requests())) == tokens(before)
+    engine.sleep()
+    engine.wake()
+    engine.load_weights(1, published(language_model(seed=1)))
+    assert difference(language_model(seed=1), engine.generate(requests())) < 1e-4
+
+
 def test_every_token_carries_the_version_that_produced_it(make):
     engine = make(language_model(), max_new_tokens=4)
     for version in (0, 1, 5):

@@ -20,7 +20,7 @@ from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.local import Done
 from llmscale.cluster.pool import WorkerPool
-from llmscale.cluster.publish import VersionCounter
+from llmscale.cluster.publish import Publisher
 from llmscale.compose import compose
 from llmscale.data.splits import Split
 from llmscale.protocols import SamplingRequest, Score
@@ -75,6 +75,7 @@ class Threads(WorkerPool):
     says whether it kills its worker: then a new one does it again later, which has the newest weights."""
 
     ahead = 1
+    members = ("somebody",)
 
     def __init__(self, role: type, num_workers: int, pause: Callable[[], None], dies: Callable[[], bool]):
         self.role, self.num_workers, self.pause, self.dies = role, num_workers, pause, dies
@@ -147,6 +148,7 @@ class Policy:
     """Its pool: updates that take a while, in which the driver may be killed."""
 
     num_workers = 1
+    members = ("policy",)
 
     def __init__(self, pause: Callable[[], None], driver_dies: Callable[[], bool]):
         self.pause, self.driver_dies = pause, driver_dies
@@ -211,8 +213,8 @@ class Simulation:
 
     def train(self, pools: dict[str, Any], draws: RecordFile) -> None:
         ledger = Ledger(draws.append)
-        versions = VersionCounter(self.folder / "weight_version")
-        rlhf = Rlhf(self.config, PROMPTS, pools, versions, lambda *a, **k: None, lambda *a: None, ledger)
+        publisher = Publisher(self.config.cluster, self.folder)
+        rlhf = Rlhf(self.config, PROMPTS, pools, publisher, lambda *a, **k: None, lambda *a: None, ledger)
         state = RunState()
         state.register("loop", Progress(rlhf, SimpleNamespace(first_eval={})))  # type: ignore[arg-type]
         state.register("ledger", ledger)
