@@ -89,7 +89,7 @@ class Publisher:
         lost: WorkerLostError | None = None
         for _ in calls:
             try:
-                error = errors.get(timeout=DEATH_IS_KNOWN_S if lost else None)
+                error = errors.get(timeout=2 * DEATH_IS_KNOWN_S if lost else None)
             except Empty:
                 break
             if (

@@ -57,12 +57,14 @@ def measure(folder: Path, rounds: int, steps: int, tokens: int) -> None:
         closing(open_run(config.run_dir, config)) as directory,
         opened_roles(config, directory, config.roles) as pools,
     ):
-        versions = VersionCounter(directory.path / "weight_version")
+        publisher = Publisher(config.cluster, directory.path)
 
         def seconds(bound: int) -> tuple[float, dict[str, float]]:
             """Of a step, and what the driver waited for in it."""
             own = replace(config, training=replace(config.training, max_staleness=bound))
-            rlhf = Rlhf(own, prompts, pools, versions, lambda *a, **k: None, lambda *a: None, Ledger(lambda ends: None))
+            rlhf = Rlhf(
+                own, prompts, pools, publisher, lambda *a, **k: None, lambda *a: None, Ledger(lambda ends: None)
+            )
             rlhf.publish()
             parts: dict[str, float] = {}
             started = time.perf_counter()
@@ -71,8 +73,7 @@ def measure(folder: Path, rounds: int, steps: int, tokens: int) -> None:
                     if name.startswith("timing_s/"):
                         parts[name] = parts.get(name, 0.0) + value / steps
             took = (time.perf_counter() - started) / steps
-            for pending in rlhf.loading:
-                pending.wait()
+            publisher.wait()
             return took, parts
 
         found = []
