@@ -188,15 +188,10 @@ class RayPool(WorkerPool):
                 call.set_exception(error)
             self.fail(error)
         left = self.restarts.take(worker.where, fault.cause)
+        is_aside = call is not None and self._once_more(call, worker.where, fault.cause)
         about = {"where": worker.where, "cause": fault.cause, "why": fault.what, **doing}
         self.event("worker_lost", **about, restarts_left=left)
-        if call is not None:
-            call.victims.append((worker.where, fault.cause))
-            if call.rank is None and len(call.victims) >= MAX_DEATHS:
-                self._set_aside(call)
-                return
-            self.put_back(call)
-        if not left:
+        if not left and not is_aside:
             what = f"{fault.what}, after {self.restarts.limit} restarts within an hour ({fault.cause})"
             self.fail(WorkerError(what, where=worker.where, fix=f"{worker.fix}. Or raise cluster.max_restarts."))
 
@@ -252,17 +247,23 @@ class RayPool(WorkerPool):
         if call.running() or call.set_running_or_notify_cancel():
             call.set_exception(self.broken)
 
-    def _set_aside(self, call: Call) -> None:
+    def _once_more(self, call: Call, where: str, cause: str) -> bool:
+        """Put a call back whose worker was lost. True: it was a unit, and is set aside instead; it is to blame, not they."""
+        call.victims.append((where, cause))
+        if call.rank is not None or len(call.victims) < MAX_DEATHS:
+            self.put_back(call)
+            return False
         for victim in call.victims:
             self.restarts.give_back(*victim)
         who = ", ".join(f"{where} ({cause})" for where, cause in call.victims)
         what = f"{len(call.victims)} workers were lost over this unit of {call.method}: {who}"
-        self.event("unit_set_aside", where=self.role, why=what)
         if call.instead is None:
             call.set_exception(SetAsideError(what, where=self.role, fix="Their logs may say why."))
         else:
             args = [arg.result() if isinstance(arg, Call) else arg for arg in call.args]
             call.set_result(ray.put(call.instead(*args, what)))
+        self.event("unit_set_aside", where=self.role, why=what)
+        return True
 
     def _get(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """Results in order, while the pool comes up; the first failure of any of them at once, for its peers may wait for

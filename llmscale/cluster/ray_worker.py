@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmscale.cluster.ray_pool import RayPool
 
 DIED, HUNG, NODE_LOST, LATE = "died", "hung", "node lost", "late"  # the causes of a fault
+COMING_UP = "coming up"
 TICK_S = 1.0  # between two looks at a worker
 DEATH_IS_KNOWN_S = 5.0  # after its last connection has closed
 
@@ -115,7 +116,9 @@ class RayWorker:
 
     def doing(self) -> Doing:
         pid, node = self.arrival.pid, self.arrival.node
-        return Doing(self.where, pid, node, self.method, self.since_s, self.moved_s, self.inside, self.raised)
+        # One that comes up has limits of its own, and is no sign that nothing moves.
+        moved_s = time.monotonic() if self.method == COMING_UP else self.moved_s
+        return Doing(self.where, pid, node, self.method, self.since_s, moved_s, self.inside, self.raised)
 
     def kill(self) -> None:
         with suppress(RayError, ValueError):  # it may be gone, and Ray too
@@ -137,6 +140,8 @@ class RayWorker:
         """What the role raised."""
         if isinstance(error.cause, LlmscaleError):
             return error.cause
+        if isinstance(error.cause, ObjectLostError):
+            return WorkerLostError("what it was to work on is lost, with the worker that made it", where=self.where)
         return WorkerError(f"{type(error.cause).__name__}: {error.cause}", where=self.where, fix=self.fix)
 
     def _new_actor(self) -> Any:
@@ -147,23 +152,26 @@ class RayWorker:
         return ray.remote(Shell).options(**options).remote()
 
     def _serve(self) -> None:
-        while True:
-            call = None
-            try:
+        call: Call | None = None
+        try:
+            while True:
                 call = self.pool.next_call(self)
-                if call is None:
-                    self._look()
-                else:
-                    self._do(call)
-            except Fault as fault:
-                with suppress(Closed):
-                    self._lost(call, fault)
-                    continue
-                return
-            except Closed:
-                if call is not None:  # somebody may wait for it
-                    call.set_exception(WorkerLostError("its pool was closed", where=self.where))
-                return
+                try:
+                    if call is None:
+                        self._look()
+                    else:
+                        self._do(call)
+                except Fault as fault:
+                    lost, call = call, None  # from here on it is the pool's
+                    self._lost(lost, fault)
+        except Closed:
+            error: LlmscaleError = WorkerLostError("its pool was closed", where=self.where)
+        except Exception as own:  # the driver's: a disk that is full, say
+            error = own if isinstance(own, LlmscaleError) else WorkerError(repr(own), where=self.where)
+            with suppress(Closed):
+                self.pool.fail(error)
+        if call is not None and not call.done():  # somebody may wait for it
+            call.set_exception(error)
 
     def _do(self, call: Call) -> None:
         """Raises: Fault when the worker was lost over it."""
@@ -253,7 +261,7 @@ class RayWorker:
         self.pool.lost(self, call, fault)
         while True:
             try:
-                with self._at("coming up"):
+                with self._at(COMING_UP):
                     self._replace()
                 break
             except Fault as again:

@@ -7,7 +7,6 @@ answers, ranks that wait for each other, a disk that does not come back. Each pr
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +19,8 @@ SHOWN = 20  # workers in the message
 
 
 class ProgressWatch:
-    """While the context is open: when no phase has ended anywhere for `timeout_s`, the log and `report` are told what everybody
-    is doing; after twice that time this process ends, and its workers with it."""
+    """While the context is open: when no phase has ended anywhere for `timeout_s`, `report` is told what everybody is doing;
+    after twice that time this process ends, and its workers with it."""
 
     def __init__(self, pools: Mapping[str, WorkerPool], timeout_s: float, report: Callable[[str], None]):
         self._pools, self._timeout_s, self._report = pools, timeout_s, report
@@ -48,8 +47,8 @@ class ProgressWatch:
         elif idle_s > 2 * self._timeout_s:
             end_process(lambda: self._say(f"{self._stalled(idle_s)}; this run ends"))
         elif not self._told:
-            self._told = True
-            self._say(self._stalled(idle_s))
+            self._told = True  # in a thread of its own, for it may be a disk that does not answer
+            threading.Thread(target=self._say, args=(self._stalled(idle_s),), daemon=True).start()
 
     def _stalled(self, idle_s: float) -> str:
         return f"nothing has moved for {idle_s:.0f} s (cluster.progress_timeout_s)"
@@ -67,5 +66,4 @@ class ProgressWatch:
         ]
         queued = [f"{n} calls wait for {role}" for role, pool in self._pools.items() if (n := pool.num_waiting())]
         text = "; ".join([what, f"the driver is in {phases.describe_main() or 'no phase'}", *busy[:SHOWN], *queued])
-        print("\n".join([*first, text]), file=sys.stderr, flush=True)
         self._report("\n".join([*first, text]))

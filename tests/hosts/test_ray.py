@@ -12,7 +12,8 @@ import pytest
 
 from tests.hosts.commands import Drive, documented, drive_to_end, hosts_of, tiny
 from tests.hosts.network import Host
-from tests.stages.runs import TINY, arguments, records, succeed
+from tests.stages.runs import TINY, arguments, num_lines, records, succeed
+from tests.stages.test_lost_workers import assert_undisturbed
 from tests.stages.test_on_ray import weight_difference
 
 pytestmark = [pytest.mark.hosts, pytest.mark.parametrize("hosts", [3], indirect=True)]
@@ -63,3 +64,32 @@ def test_a_working_directory_that_another_host_lacks_is_named(drive: Drive, host
     command = command.replace("&& llmscale", "&& mkdir /dev/shm/here && cd /dev/shm/here && llmscale")
     printed = drive_to_end(drive, hosts, command, exit_code=3)
     assert re.search(r"cluster: /dev/shm/here does not exist on 10\.0\.0\.[23]", printed)
+
+
+@pytest.mark.slow  # minutes; workers that are killed and stopped on one machine are in tests/stages/test_lost_roles.py
+def test_a_host_that_loses_its_power_takes_nothing_with_it(
+    drive: Drive, hosts: Sequence[Host], chain: Path, tmp_path: Path
+) -> None:
+    """The last test here, for there are fewer hosts then."""
+    paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward"]
+    longer = [
+        *TINY["rlhf"],
+        "training.num_steps=40",
+        "training.eval_every_steps=40",
+        "tracking.wandb=disabled",
+        "engine=single",
+    ]
+    command = documented("Ray")[5][1].replace("run.name=hosts", "run.name=power")
+    command = command.replace("cluster.rollout.num_workers=2", "cluster.rollout.num_workers=3")
+    command = command.replace("cluster.rollout.resources='{rollout: 1}'", "cluster.rollout.placement=spread")
+    process = drive(" ".join([command, *longer, *paths, "cluster.answer_timeout_s=5"]))
+    run = hosts[0].folder / "runs" / "power" / "rlhf"
+    wait_for(lambda: num_lines(run / "metrics.jsonl") >= 3, [process], driver_log(hosts))
+    assert {place for rank in range(3) for place in hosts_of(run, f"rollout-{rank}")} == {"node1", "node2", "node3"}
+    next(host for host in hosts if host.name == "node3").lose_power()
+    assert exit_codes([process]) == [0], driver_log(hosts).read_text()
+    replaced = [e for e in records(run / "events.jsonl") if e["kind"] == "worker_replaced"]
+    assert replaced and all(e["where"].partition(" ")[0] in ("rollout", "reward", "reference") for e in replaced)
+
+    succeed(arguments("rlhf", tmp_path, *paths, *longer), tmp_path / "log")
+    assert_undisturbed(run, tmp_path / "demo" / "rlhf")
