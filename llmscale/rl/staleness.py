@@ -5,8 +5,8 @@ A draw that is begun after u updates has fewer than (k + 1) x `per_step` older o
 `per_step`, so it is trained by step u + k: k updates at most lie between its oldest token and its use. k = 0 is synchronous
 training: everything is sampled with the weights that are trained. With k = 1 a whole step of samples is under way while the
 policy is updated, so that neither waits for the other where both take equally long; a larger k evens out what differs
-from step to step. Compare AReaL (Fu et al. 2025, arXiv:2505.24298, eq. 3), which bounds what is begun by the same number, but
-takes what is ready.
+from step to step. Compare AReaL (Fu et al. 2025, arXiv:2505.24298, section 5.1), which bounds what is begun by the same number,
+but takes what is ready.
 
 Taking the oldest is no loss: with as many draws under way as the bound allows, exactly `per_step` of them have to be trained
 now. And which draws a step trains depends on nothing but counts, however fast any worker is: short samples are not preferred.

@@ -107,12 +107,15 @@ class Generation:
     def load_state_dict(self, state: State) -> None:
         self.saved = state["ready"]
 
-    def resume(self, prompt_of: Callable[[int], Prompt]) -> list[int]:
+    def resume(self, prompts_of: Callable[[Sequence[int]], Sequence[Prompt]]) -> list[int]:
         """Take up what a checkpoint held, which still has to be shown to the others; returns which draws these are."""
-        saved = [from_record(json.loads(line), prompt_of(d), d) for d, lines in self.saved.items() for line in lines]
+        draws = list(self.saved)
+        pairs = zip(draws, prompts_of(draws), strict=True)
+        saved = [from_record(json.loads(line), prompt, d) for d, prompt in pairs for line in self.saved[d]]
         for part in micro_batches(saved, self.unit_size):
             self._add(self._known(part), [trajectory.draw_id for trajectory in part])
-        return list(self.saved)
+        self.saved = {}
+        return draws
 
     def close(self) -> None:
         """Give up what has not begun."""

@@ -62,7 +62,8 @@ UNUSED = {"why": "the run ended before it was needed"}
 
 
 class Rlhf:
-    """One run's algorithm over its pools. `step` counts the finished steps; all else is a function of it and the seed."""
+    """One run's algorithm over its pools. `step` counts the finished steps; without staleness all else is a function of it and
+    the seed."""
 
     def __init__(
         self,
@@ -95,11 +96,9 @@ class Rlhf:
         """One step: what it measured, and the samples that it learned from."""
         self.timings = {}
         scored, sampled, metrics = self.collect()
-        ages = self.ages(sampled)
-        if self.config.training.max_staleness:
-            metrics |= age_metrics(ages)
-        trained_version = None if self.replay is not None else self.weights
-        experience, found = build_experience(self.algorithm, scored, self.kl_coef.value, trained_version)
+        ages = self.ages([t for t, *_ in sampled])
+        version = self.weights if self.replay is None else None
+        experience, found = build_experience(self.algorithm, scored, self.kl_coef.value, version)
         metrics |= found
         if self.config.scores_by_policy and (self.replay is None or self.replay.on_policy):
             check_on_policy(metrics, self.config.max_logprob_diff)
@@ -112,11 +111,9 @@ class Rlhf:
         if "kl/ref" in metrics:
             metrics["kl/coef"] = self.kl_coef.value
             self.kl_coef.update(metrics["kl/ref"], len(scored))
-        seconds = sum(self.timings.values())
-        metrics["perf/tokens_per_s"] = metrics.pop("perf/tokens") / seconds
-        metrics["perf/waited"] = self.timings["timing_s/generate"] / seconds  # for samples, with nothing else to do
-        metrics["perf/ready"] = self.generation.num_ready
-        return metrics | self.timings, scored
+        if self.config.training.max_staleness:
+            metrics |= age_metrics(ages)
+        return metrics | self.performance(metrics.pop("perf/tokens")), scored
 
     def collect(self) -> tuple[list[Scored], list[Sampled], Metrics]:
         """This step's draws, scored; where `filter_groups`, others for those whose samples all got the same reward, which teach
@@ -159,10 +156,11 @@ class Rlhf:
     def requests(self, draws: Sequence[int]) -> list[SamplingRequest]:
         """`group_size` samples of each."""
         group, weights = range(self.config.group_size), self.weights
-        return [SamplingRequest(self.prompt_of(draw), draw, k, weights=weights) for draw in draws for k in group]
+        pairs = zip(draws, self.prompts_of(draws), strict=True)
+        return [SamplingRequest(prompt, draw, k, weights=weights) for draw, prompt in pairs for k in group]
 
-    def prompt_of(self, draw: int) -> Prompt:
-        return self.prompts.train[int(self.order.at(np.array([draw]))[0])]
+    def prompts_of(self, draws: Sequence[int]) -> list[Prompt]:
+        return [self.prompts.train[i] for i in self.order.at(np.array(draws)).tolist()] if draws else []
 
     def score(self, taken: Taken, trajectories: Sequence[Trajectory]) -> tuple[list[Scored], list[Sampled]]:
         """Rewards, and every model's view of every token; the pools work side by side. Samples without a reward are left
@@ -235,11 +233,10 @@ class Rlhf:
         check_first_update(policy_steps[0]["approx_kl"], self.config.max_logprob_diff)
         return metrics
 
-    def ages(self, sampled: Sequence[Sampled]) -> dict[int, int]:
+    def ages(self, trajectories: Sequence[Trajectory]) -> dict[int, int]:
         """The staleness of each draw, which is that of its oldest token. Versions of what is replayed are another run's."""
         if self.replay is not None:
             return {}
-        trajectories = [t for t, *_ in sampled]
         found = staleness(trajectories, self.updates, self.step)
         check_staleness(trajectories, found, self.config.training.max_staleness)
         ages: dict[int, int] = {}
@@ -272,7 +269,7 @@ class Rlhf:
     def resume(self) -> None:
         """Of the draws that were under way at the checkpoint, those whose samples it holds go on; the others are requeued."""
         if self.step < self.config.training.num_steps:
-            found = self.generation.resume(self.prompt_of)
+            found = self.generation.resume(self.prompts_of)
             lost = sorted(self.ledger.open.keys() - found)
             self.ledger.requeue(self.step + 1, lost, self.step, "under way when the run stopped")
             self.generation.begin(self.requests(lost))
@@ -319,6 +316,16 @@ class Rlhf:
         """What a role says of each item, in dispatch units."""
         units = self.pools[role].units(method, micro_batches(items, self.config.rollout.unit_size), instead)
         return [result for unit in units.wait() for result in unit]
+
+    def performance(self, num_tokens: float) -> Metrics:
+        seconds = sum(self.timings.values())
+        waited = self.timings["timing_s/generate"] / seconds  # with nothing else to do
+        found = {
+            "perf/tokens_per_s": num_tokens / seconds,
+            "perf/waited": waited,
+            "perf/ready": self.generation.num_ready,
+        }
+        return found | self.timings
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmscale.stages.inspection import inspect
 from tests.conftest import MARKER, ROOT, _left_behind
 from tests.stages.runs import arguments, num_lines, records, succeed
 
@@ -109,3 +110,21 @@ def test_rlhf_on_separate_pools_interrupted_killed_and_finished(chain: Path, tmp
     assert weight_difference(run_dir, local / "demo" / "rlhf") < 1e-3
     versions = [s["weight_versions"][-1] for s in records(run_dir / "samples.jsonl")]
     assert versions == sorted(versions) and len(set(versions)) == 12  # one for each step, none repeated
+
+
+@pytest.mark.slow  # test_generation.py has many schedules over threads, test_staleness.py the real parts in one process
+def test_an_asynchronous_run_killed_and_finished_has_every_draw_once(chain: Path, tmp_path: Path) -> None:
+    paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward", "training.num_steps=10"]
+    argv = arguments("rlhf", tmp_path, *paths, *POOLS, "training.max_staleness=2", "rollout.unit_size=4")
+    argv = [a for a in argv if a not in ("engine=single", "cluster=local")]
+    run_dir, log = tmp_path / "demo" / "rlhf", tmp_path / "log"
+    interrupt(argv, log, lambda: (run_dir / "checkpoints" / "step-000004").exists(), signal.SIGKILL)
+    finish(argv, log)
+    found = inspect(run_dir)
+    draws = found["draws"]
+    assert (draws["ended"], draws["trained"], draws["wrong"]) == (10 * 16, 10 * 16, [])
+    assert set(draws["staleness"]) <= {0, 1, 2} and draws["staleness"][2] > 0
+    made = {(s["draw_id"], s["sample_index"]) for s in records(run_dir / "samples.jsonl")}
+    assert len(made) == 10 * 16 and found["attempts"] == 2
+    steps = records(run_dir / "metrics.jsonl")[1:]
+    assert all(step.get("rollout/logprob_diff", 0) < 1e-4 for step in steps)

@@ -168,6 +168,7 @@ def test_completions_of_llmscale_rollout_are_trained_on_by_prompt(
         (["rollout.group_size=5", *CORRECTED], "rollout.group_size", "no sample 4 of draw 0"),
         (["rollout.path=nowhere"], "nowhere", "there is no run in this directory"),
         (["record=true"], "record", "nothing new"),
+        (["training.max_staleness=1"], "training.max_staleness", "nothing is sampled that could be ahead"),
     ],
 )
 def test_a_recording_that_does_not_fit_is_refused(
