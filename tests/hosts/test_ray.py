@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.commands import Drive, documented, drive_to_end, hosts_of, tiny
+from tests.hosts.commands import (
+    Drive,
+    documented,
+    drive_to_end,
+    driver_log,
+    exit_codes,
+    hosts_of,
+    tiny,
+    wait_for,
+)
 from tests.hosts.network import Host
 from tests.stages.runs import TINY, arguments, num_lines, records, succeed
 from tests.stages.test_lost_workers import assert_undisturbed
