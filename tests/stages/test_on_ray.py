@@ -115,8 +115,9 @@ def test_rlhf_on_separate_pools_interrupted_killed_and_finished(chain: Path, tmp
 @pytest.mark.slow  # test_generation.py has many schedules over threads, test_staleness.py the real parts in one process
 def test_an_asynchronous_run_killed_and_finished_has_every_draw_once(chain: Path, tmp_path: Path) -> None:
     paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward", "training.num_steps=10"]
-    argv = arguments("rlhf", tmp_path, *paths, *POOLS, "training.max_staleness=2", "rollout.unit_size=4")
-    argv = [a for a in argv if a not in ("engine=single", "cluster=local")]
+    pools = ["cluster=ray", "cluster.rollout.num_workers=2"]
+    argv = arguments("rlhf", tmp_path, *paths, *pools, "training.max_staleness=2", "rollout.unit_size=4")
+    argv.remove("cluster=local")
     run_dir, log = tmp_path / "demo" / "rlhf", tmp_path / "log"
     interrupt(argv, log, lambda: (run_dir / "checkpoints" / "step-000004").exists(), signal.SIGKILL)
     finish(argv, log)
