@@ -66,7 +66,7 @@ class SlurmLaunch(LaunchConfig):
     gres: str | None = None  # in place of gpus_per_node, where the site wants it so, as in gpu:a100:8
     exclusive: bool = False  # nobody else on the nodes
     signal_lead_s: int = 120  # how long before its end the job is told; a step and a save have to fit in
-    extra: list[str] = field(default_factory=list)  # more options of sbatch, as in [--reservation=night]
+    extra: list[str] = field(default_factory=list)  # more options of sbatch, as in ['--reservation=night']
     container: Container = Container.venv
     image: str | None = None  # of the container
     mounts: list[str] = field(default_factory=list)  # folders for the container beside this one and the run directory
@@ -90,7 +90,7 @@ class SlurmLaunch(LaunchConfig):
                 yield name, f"{value!r} is not one word", "sbatch takes it without spaces."
         for line in self.extra:
             if not line.startswith("-") or "\n" in line:
-                yield "extra", f"{line!r} is no option of sbatch", "Write [--name=value]."
+                yield "extra", f"{line!r} is no option of sbatch", "Write ['--name=value']."
             elif found := _OWN.match(line):
                 yield "extra", f"{found[0]} is set by llmscale itself", "Use its own key of launch, or leave it out."
         if (self.image is None) != (self.container is Container.venv):

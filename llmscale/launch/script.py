@@ -57,38 +57,35 @@ set -a
 set +a
 """
 
-WAIT = """wait "$step"
-code=$?
-while [ "$code" -gt 128 ]; do # perhaps a signal ended the wait and not the step
-    wait "$step" 2>/dev/null
-    again=$?
-    [ "$again" = 127 ] && break
-    code=$again
+WAIT = """code=1
+while kill -0 "$step" 2>/dev/null; do # a signal to this shell ends a wait, not the step
+    wait "$step"
+    code=$?
 done
+wait "$step" 2>/dev/null # again, where it ended while the signal came
+again=$?
+[ "$again" = 127 ] || code=$again
 """
 
 LOCAL = """exec 9>"$run/launch/lock"
 flock --nonblock 9 || exit 2 # held as long as this runs, and by nothing else
 
 step="" asked=""
-# shellcheck disable=SC2317 # the trap calls it
+# shellcheck disable=SC2317,SC2329 # the trap calls it
 stop() { # the run is cancelled: save, and leave
     asked=asked
     [ -z "$step" ] || kill -TERM "$step" 2>/dev/null
 }
 trap stop TERM USR1
 
-again=0
-while [ "$again" = 0 ]; do
+while :; do
     attempt=$(@{attempts} begin "$run" "local-$$" @{max_retries} "$(hostname)" 9>&-) || exit 2
     export LLMSCALE_ATTEMPT_DIR=$attempt
     @{command} >"$attempt/driver-$(hostname).log" 2>&1 9>&- &
     step=$!
     @{wait}
-    @{attempts} end "$attempt" "$code" "$asked" 9>&-
-    again=$?
+    @{attempts} end "$attempt" "$code" "$asked" 9>&- || exit "$code"
 done
-exit "$code"
 """
 
 SLURM = """mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -105,7 +102,7 @@ finish() { # CODE [WHY]: back into the queue, or the end
 }
 
 step="" asked=""
-# shellcheck disable=SC2317 # the trap calls it
+# shellcheck disable=SC2317,SC2329 # the trap calls it
 stop() { # some time before the time limit, or when the run is cancelled: save, and leave
     asked=asked
     [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
@@ -149,7 +146,7 @@ done
 @{srun_driver} \\
     @{command} cluster.address="$head" &"""
 
-AFTER_RAY = """kill "$ray" 2>/dev/null
+AFTER_RAY = """kill -USR1 "$ray" 2>/dev/null
 wait "$ray" 2>/dev/null
 rm -f "$RAY_AUTH_TOKEN_PATH"
 """
@@ -178,10 +175,12 @@ def slurm_script(job: Job) -> str:
             command=_line([*job.command, *plan.overrides]),
         )
     else:
+        # Ranks that were asked to stop end one after the other: the first must not have the rest killed. One that has died
+        # takes the others with it by itself, or after a minute.
         label = " --label" if plan.tasks_per_node > 1 else ""  # each line with its rank
         tasks = f"--nodes={plan.num_nodes} --ntasks-per-node={plan.tasks_per_node} {cpus}"
         start = _filled(
-            RANKS, srun=srun("trainer", f"{tasks} --kill-on-bad-exit=1 --wait=60{label}"), command=_line(job.command)
+            RANKS, srun=srun("trainer", f"{tasks} --kill-on-bad-exit=0 --wait=60{label}"), command=_line(job.command)
         )
     text = _filled(
         SLURM,

@@ -30,11 +30,13 @@ class JobState:
 
 def sbatch(script: str) -> str:
     """Returns the job's id. Raises: ClusterError when Slurm is not here or refuses the job."""
-    done = _run(["sbatch", "--parsable"], script)
-    if done.returncode:
-        said = " ".join(line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines())
-        fix = "Change launch.*: `sinfo` lists partitions and what their nodes have."
-        raise ClusterError(f"Slurm refuses the job: {said}", where="launch", fix=fix)
+    # First only asked: where EnforcePartLimits is off, Slurm takes a job that can never run, and lets it wait for ever.
+    for command in (["sbatch", "--test-only"], ["sbatch", "--parsable"]):
+        done = _run(command, script)
+        if done.returncode:
+            lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.strip().splitlines()]
+            fix = "Change launch.*: `sinfo` lists partitions and what their nodes have."
+            raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}", where="launch", fix=fix)
     return done.stdout.strip().partition(";")[0]
 
 
