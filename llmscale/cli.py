@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, NoReturn, cast
 
+import llmscale.launch.config  # noqa: F401  registers what `launch=` can be
 from llmscale.compose import EXPERIMENT, choices, comments, compose, compose_unchecked, defaults, nearest
 from llmscale.config import STAGE, groups, import_plugins, leaves, options, to_dict, to_yaml
 from llmscale.errors import LlmscaleError, Requeue, UsageError
-from llmscale.launch.config import SubmitConfig
 from llmscale.stages.config import RunConfig, StageConfig
 from llmscale.training.stop import signals
 

@@ -34,6 +34,7 @@ NEEDED = {
     "pipeline": [],
     "generate": ["model.path=m"],
     "chat": ["model.path=m"],
+    "submit": [],
 }
 
 REWARD_NEEDS = {

@@ -26,7 +26,13 @@ FINAL = (2, 3, 64, 130)
 
 def begin(run: Path, job: str, nodes: Sequence[str], max_retries: int) -> Path:
     folder = next_attempt(run / "attempts")
-    record = {"job": job, "nodes": list(nodes), "max_retries": max_retries, "began_s": _now_s(), "before": progress(run)}
+    record = {
+        "job": job,
+        "nodes": list(nodes),
+        "max_retries": max_retries,
+        "began_s": _now_s(),
+        "before": progress(run),
+    }
     _write(folder, record)
     return folder
 

@@ -15,7 +15,9 @@ from llmscale.config import STAGE, Problem, at_least, option
 ROLES = ("policy", "critic", "reference", "reward", "rollout")
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")  # sbatch(1)
 # What the script writes itself: a second line of it would win or lose by its place.
-_OWN = re.compile(r"--(job-name|comment|nodes|ntasks|ntasks-per-node|requeue|no-requeue|open-mode|signal|output|error|time)\b")
+_OWN = re.compile(
+    r"--(job-name|comment|nodes|ntasks|ntasks-per-node|requeue|no-requeue|open-mode|signal|output|error|time)\b"
+)
 
 
 @dataclass
@@ -24,7 +26,9 @@ class LaunchConfig:
     # Further attempts after ones that failed or got no further; one that saved and got further is free. A failed one is
     # repeated only when it had got further.
     max_retries: int = 3
-    secrets_file: str | None = None  # NAME=value lines for the job's environment; nobody but you may read it (mode 0600)
+    secrets_file: str | None = (
+        None  # NAME=value lines for the job's environment; nobody but you may read it (mode 0600)
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, max_retries=0)
@@ -53,7 +57,9 @@ class SlurmLaunch(LaunchConfig):
 
     name: str = "slurm"
     nodes: int | None = None  # null: 1, or the sum of role_nodes. A supervised stage has as many ranks on each
-    role_nodes: dict[str, int] = field(default_factory=dict)  # role -> nodes for it alone, as in {policy: 2, rollout: 6}
+    role_nodes: dict[str, int] = field(
+        default_factory=dict
+    )  # role -> nodes for it alone, as in {policy: 2, rollout: 6}
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

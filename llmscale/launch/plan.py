@@ -48,12 +48,14 @@ def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
     pools: dict[str, PoolConfig] = {role: getattr(config.cluster, role) for role in roles}
     workers = {role: pool.num_workers for role, pool in pools.items()}
     if not isinstance(launch, SlurmLaunch):
-        places = dict.fromkeys(roles, [0])
+        places = {role: [0] for role in roles}
         cpus, gpus = math.ceil(_total(pools.values(), "num_cpus")), math.ceil(_total(pools.values(), "num_gpus"))
         return Plan(config.stage, not config.cluster.one_process, workers, places, 1, 1, cpus, gpus, [{}])
     if config.cluster.address is not None:
         raise ConfigError(
-            "the job starts the processes of its own nodes", where="cluster.address", fix="Leave it out with launch=slurm."
+            "the job starts the processes of its own nodes",
+            where="cluster.address",
+            fix="Leave it out with launch=slurm.",
         )
     if isinstance(config, SupervisedConfig):
         return _of_ranks(config, launch)
@@ -75,7 +77,9 @@ def _of_ranks(config: SupervisedConfig, launch: SlurmLaunch) -> Plan:
     tasks = pool.num_workers // nodes
     if tasks * nodes != pool.num_workers:
         fix = f"Set cluster.trainer.num_workers={max(1, tasks) * nodes} or another multiple of {nodes}."
-        raise ConfigError(f"{pool.num_workers} ranks do not spread evenly over {nodes} nodes", where="launch.nodes", fix=fix)
+        raise ConfigError(
+            f"{pool.num_workers} ranks do not spread evenly over {nodes} nodes", where="launch.nodes", fix=fix
+        )
     cpus = tasks * max(math.ceil(pool.num_cpus), config.cluster.threads_per_worker)
     cpus, gpus = _given(launch, cpus, math.ceil(tasks * pool.num_gpus))
     everywhere = {TRAINER: list(range(nodes))}

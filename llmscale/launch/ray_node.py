@@ -36,7 +36,11 @@ def main(arguments: Sequence[str]) -> int:
         stopping = True
         ray.terminate()
 
-    for asked in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # srun passes the first one on and kills at the others
+    for asked in (
+        signal.SIGUSR1,
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # srun passes the first one on and kills at the others
         signal.signal(asked, stop)
     assert ray.stdout is not None
     for line in ray.stdout:

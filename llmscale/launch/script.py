@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shlex
 import string
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ class Job:
     overrides: list[str]  # of the stage
     flags: list[str]  # --config-dir, --plugin
     folder: Path  # the working directory
+    programs: Path  # where llmscale and python are, in that folder's environment
     run_dir: Path  # absolute
     run_id: str
     launch: LaunchConfig
@@ -140,6 +140,7 @@ head=${nodes[0]}:$port
 ray=$!
 until [ "$(find "$attempt/ray-up" -type f 2>/dev/null | wc -l)" = "$SLURM_JOB_NUM_NODES" ]; do
     kill -0 "$ray" 2>/dev/null || finish 1 "Ray did not start: see $attempt/ray-*.log"
+    [ "$SECONDS" -lt 900 ] || finish 1 "Ray did not start in 15 minutes: see $attempt/ray-*.log"
     [ -z "$asked" ] || finish 75 asked
     sleep 0.5
 done
@@ -228,7 +229,7 @@ def _head(job: Job, directives: str) -> str:
         stage=job.stage,
         run=shlex.quote(str(job.run_dir)),
         directives=directives,
-        environment=shlex.quote(str(Path(sys.executable).parent)),
+        environment=shlex.quote(str(job.programs)),
         folder=shlex.quote(str(job.folder)),
     )
     if job.launch.secrets_file is not None:

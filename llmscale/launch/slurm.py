@@ -65,4 +65,6 @@ def _run(command: list[str], given: str | None = None) -> subprocess.CompletedPr
         fix = "Give the command on a login node of the cluster, or choose launch=local."
         raise ClusterError(f"there is no {command[0]} here", where="launch", fix=fix) from error
     except subprocess.TimeoutExpired as error:
-        raise ClusterError(f"{command[0]} has not answered in {TIMEOUT_S} s", where="launch", fix="Try again.") from error
+        raise ClusterError(
+            f"{command[0]} has not answered in {TIMEOUT_S} s", where="launch", fix="Try again."
+        ) from error

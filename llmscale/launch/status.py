@@ -1,4 +1,4 @@
-"""`llmscale status [RUN]` and `llmscale runs [DIR]`: how runs are. The run directory is the truth, from any machine that sees it;
+"""`llmscale status [RUN]` and `llmscale runs [DIR]`: how runs are. The run directory is the truth, on any machine that sees it;
 only whether a job still waits or lives is Slurm's to say, where it can be asked."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`llmscale submit STAGE launch=NAME [overrides]` and `llmscale resume RUN [overrides]`: the stage's config is composed, checked
-and frozen here; what runs elsewhere is the stage's own command. `--print` and `--dry-run` touch nothing."""
+"""`llmscale submit STAGE launch=NAME [overrides]` and `llmscale resume RUN [overrides]`: the stage's config is composed,
+checked and frozen here; what runs elsewhere is the stage's own command. `--print` and `--dry-run` touch nothing."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def _submit(request: Request, arguments: argparse.Namespace) -> int:
     named = claim(run_dir, config) if touches else _known_id(run_dir)
     if isinstance(launch, SlurmLaunch):
         _check_name(named)
-    job = Job(request.stage, request.overrides, request.flags, Path.cwd(), run_dir, named, launch, planned)
+    programs = Path(sys.executable).parent
+    job = Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, run_dir, named, launch, planned)
     script = local_script(job) if isinstance(launch, LocalLaunch) else slurm_script(job)
     if arguments.print:
         return _print({"script": script}, True) if arguments.json else _write(script)
@@ -203,13 +204,18 @@ def _parser(verb: str = "submit", text: str | None = None) -> argparse.ArgumentP
     first = "STAGE" if verb == "submit" else "RUN"
     parser = _Parser(
         prog=f"llmscale {verb}",
-        description=text or "STAGE and its overrides are those of `llmscale STAGE`; launch=local|slurm says where it runs.",
+        description=text
+        or "STAGE and its overrides are those of `llmscale STAGE`; launch=local|slurm says where it runs.",
         epilog=f"keys of launch=slurm (launch=local has the first two):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", metavar=f"{first} path=value", help="launch=NAME, launch.key=value, and the stage's")
-    parser.add_argument("--print", action="store_true", help="print the job's script, for sbatch or bash, and do nothing")
+    parser.add_argument(
+        "words", nargs="*", metavar=f"{first} path=value", help="launch=NAME, launch.key=value, and the stage's"
+    )
+    parser.add_argument(
+        "--print", action="store_true", help="print the job's script, for sbatch or bash, and do nothing"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":

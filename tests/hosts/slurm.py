@@ -1,5 +1,5 @@
-"""A real Slurm on hosts made of namespaces: node1, node2, ... compute, the last host is where its controller runs and where users
-log in. Ports, names and addresses are the network's own, so that any number of them live side by side."""
+"""A real Slurm on hosts made of namespaces: node1, node2, ... compute, the last host is where its controller runs and where
+users log in. Ports, names and addresses are the network's own, so that any number of them live side by side."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class Slurm:
     def processes_on(self, host: Host, word: str) -> list[str]:
         """Command lines that hold `word` on a node."""
         listed = subprocess.run(
-            ["nsenter", f"--target={host.first}", "--pid", "--mount", "ps", "-eo", "args"], capture_output=True, text=True
+            ["nsenter", f"--target={host.first}", "--pid", "--mount", "ps", "-eo", "args"],
+            capture_output=True,
+            text=True,
         )
         return [line for line in listed.stdout.splitlines() if word in line and "ps -eo" not in line]
 

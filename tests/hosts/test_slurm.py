@@ -1,10 +1,12 @@
-"""`launch=slurm` on a real Slurm of three nodes: as many nodes as one likes give the numbers of one process, whatever happens."""
+"""`launch=slurm` on a real Slurm of three nodes: several nodes give the numbers of one process, whatever happens to them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +98,9 @@ def assert_same_numbers(run: Path, reference: Path, num_steps: int) -> None:
     own, other = records(run / "metrics.jsonl"), records(reference / "metrics.jsonl")
     losses = [(m["step"], m["train/loss"]) for m in own if "train/loss" in m]
     assert [step for step, _ in losses] == list(range(1, num_steps + 1)), "each step once"
-    assert [loss for _, loss in losses] == pytest.approx([m["train/loss"] for m in other if "train/loss" in m], abs=1e-4)
+    assert [loss for _, loss in losses] == pytest.approx(
+        [m["train/loss"] for m in other if "train/loss" in m], abs=1e-4
+    )
     assert weight_difference(run, reference) < 1e-3
 
 
@@ -148,7 +152,7 @@ def test_what_cannot_run_is_refused_at_once(cluster: Slurm, words: str, exit_cod
 
 def test_where_there_is_no_slurm_one_line_says_so(cluster: Slurm) -> None:
     command = f"llmscale submit pretrain {line(*PRETRAIN)} run.name=none launch=slurm"
-    printed = cluster.run(f"PATH={Path(os.sys.executable).parent} {command}", exit_code=3)
+    printed = cluster.run(f"PATH={Path(sys.executable).parent} {command}", exit_code=3)
     assert "launch: there is no sbatch here" in printed
 
 
@@ -162,3 +166,107 @@ def test_a_job_that_fails_says_why(cluster: Slurm) -> None:
     assert "error: " in found["traceback"] and "broken.txt" in found["traceback"]
     assert "trainer-node" in found["traceback"]
     assert "broken.txt" in cluster.run(f"llmscale status {run}")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(cluster: Slurm) -> None:
+    """The laptop's command, and the same with `launch=slurm`."""
+    (block,) = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    commands = block.splitlines()
+    assert any("launch=slurm" in command for command in commands)
+    printed = {command: cluster.run(command) for command in commands}
+    assert "cluster/pretrain  done" in printed["llmscale runs"]
+    runs = cluster.folder.parent / "runs"
+    assert_same_numbers(runs / "cluster" / "pretrain", runs / "laptop" / "pretrain", 100)
+
+
+@pytest.mark.slow
+def test_a_node_that_loses_its_power_costs_nothing_but_time(cluster: Slurm) -> None:
+    num_steps = 400
+    run = submit(cluster, "power", num_steps, "launch.nodes=2", "training.save_every_steps=20")
+    until_step(cluster, run, 25)
+    lost = next(node for node in cluster.nodes if node.name == attempts(run)[0]["nodes"][1])
+    lost.lose_power()
+    wait_until(lambda: len(attempts(run)) == 2, cluster, run)
+    found = until_ended(cluster, run)
+    assert found["state"] == "done", found
+    first, second = attempts(run)
+    assert "exit_code" not in first and second["before"][0] >= 20 and lost.name not in second["nodes"]
+    assert_same_numbers(run, one_process(cluster, num_steps), num_steps)
+    lost.boot()
+    cluster.serve(lost)
+    wait_until(lambda: cluster.run("sinfo -h -N -o %T").split().count("idle") == 3, cluster, run)
+
+
+@pytest.mark.slow
+def test_two_runs_side_by_side_are_cancelled_each_in_its_way(cluster: Slurm) -> None:
+    gentle, hard = (submit(cluster, name, 100_000, "launch.nodes=2") for name in ("gentle", "hard"))
+    for run in (gentle, hard):
+        until_step(cluster, run, 5)
+    cluster.run(f"llmscale cancel {hard} --now")
+    cluster.run(f"llmscale cancel {gentle}")
+    assert until_ended(cluster, gentle)["reason"] == "saved"
+    (attempt,) = attempts(gentle)
+    assert attempt["exit_code"] == 75 and attempt["after"][0] >= 5 and not attempt["again"]
+    assert {status(cluster, run)["state"] for run in (gentle, hard)} == {"cancelled"}
+    wait_until(lambda: not left_on_nodes(cluster), cluster, hard)
+
+    cluster.run(f"llmscale resume {gentle}")
+    wait_until(lambda: len(attempts(gentle)) == 2, cluster, gentle)
+    assert attempts(gentle)[1]["before"] == attempt["after"]
+    cluster.run(f"llmscale cancel {gentle} --now")
+    until_ended(cluster, gentle)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_not_well_is_named(cluster: Slurm) -> None:
+    """Its file system is not that of the others."""
+    run_dir = cluster.folder.parent / "elsewhere"
+    run_dir.mkdir()
+    node = cluster.nodes[1]
+    hidden = subprocess.run(
+        ["nsenter", f"--target={node.first}", "--mount", "mount", "-t", "tmpfs", "none", str(run_dir)]
+    )
+    assert hidden.returncode == 0
+    run = submit(cluster, "ill", 2, "launch.nodes=2", "launch.extra=['--nodelist=node1,node2']", f"run.dir={run_dir}")
+    found = until_ended(cluster, run)
+    assert (found["state"], found["exit_code"], found["reason"]) == ("failed", 64, "unhealthy: node2")
+    said = (run / "launch" / "job.log").read_text()
+    assert "unhealthy: node2" in said
+
+
+@pytest.mark.slow
+def test_roles_of_rlhf_have_nodes_of_their_own(cluster: Slurm) -> None:
+    model = submit(cluster, "policy", 20)
+    until_ended(cluster, model)
+    nodes = "launch.role_nodes={policy: 1, critic: 1, rollout: 1}"
+    run = submit(cluster, "roles", 3, nodes, f"model.path={model}", stage="rlhf")
+    found = until_ended(cluster, run)
+    assert found["state"] == "done", cluster.run(f"llmscale logs {run}")
+    (attempt,) = attempts(run)
+    first = {
+        role: (run / f"attempts/1/{role}.log").read_text()
+        for role in ("policy-0", "critic-0", "rollout-0", "rollout-1")
+    }
+    places = {role: next(node for node in attempt["nodes"] if f" on {node} " in text) for role, text in first.items()}
+    assert [places[role] for role in first] == [*attempt["nodes"], attempt["nodes"][2]]
+    assert not (run / "launch" / "ray-token").exists()
+    wait_until(lambda: not left_on_nodes(cluster) and not any_ray(cluster), cluster, run)
+
+
+def any_ray(cluster: Slurm) -> bool:
+    return any(cluster.processes_on(node, "raylet") for node in cluster.nodes)
+
+
+@pytest.mark.slow
+def test_rlhf_that_is_preempted_goes_on_where_it_was(cluster: Slurm) -> None:
+    model = submit(cluster, "policy", 20)
+    until_ended(cluster, model)
+    run = submit(cluster, "stopped", 12, "launch.nodes=2", f"model.path={model}", stage="rlhf")
+    wait_until(lambda: num_lines(run / "metrics.jsonl") >= 3, cluster, run)
+    cluster.run(f"scancel --batch --signal=USR1 {status(cluster, run)['job']}")
+    assert until_ended(cluster, run)["state"] == "done"
+    first, second = attempts(run)
+    assert first["exit_code"] == 75 and first["after"] == second["before"]
+    steps = [m["step"] for m in records(run / "metrics.jsonl") if "reward/mean" in m and m["step"]]
+    assert steps == list(range(1, 13))

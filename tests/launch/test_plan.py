@@ -50,7 +50,12 @@ def test_roles_that_share_get_nodes_of_their_own_where_there_are_more() -> None:
         ("pretrain", [*PRETRAIN, "cluster=gpus"], ["launch.gpus_per_node=4"], "launch.gpus_per_node"),
         ("rlhf", [*RLHF, "algorithm=grpo"], ["launch.role_nodes={critic: 1}"], "launch.role_nodes.critic"),
         ("rlhf", RLHF, ["launch.role_nodes={rollout: 2}"], "launch.role_nodes.rollout"),
-        ("rlhf", [*RLHF, "cluster.policy.resources={a: 1}"], ["launch.role_nodes={policy: 1}"], "launch.role_nodes.policy"),
+        (
+            "rlhf",
+            [*RLHF, "cluster.policy.resources={a: 1}"],
+            ["launch.role_nodes={policy: 1}"],
+            "launch.role_nodes.policy",
+        ),
         ("rlhf", [*RLHF, "cluster.rollout.num_workers=9"], ["launch.cpus_per_node=2"], "launch.cpus_per_node"),
     ],
 )

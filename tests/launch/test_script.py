@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +13,26 @@ import pytest
 from llmscale.compose import compose
 from llmscale.launch.plan import plan
 from llmscale.launch.script import Job, local_script, slurm_script
+from tests.conftest import ROOT
 
 RLHF = ["data.train=x", "model.path=m", "reward=answer", "cluster=ray"]
 PRETRAIN = ["data.train=a file's.txt", "engine=deepspeed", "cluster.trainer.num_workers=4"]
 IMAGE = ["launch.image=registry/llmscale.sqsh"]
 
 
+EXAMPLES = {  # of slurm/: what a script looks like
+    "sft": ["experiment=demo", "launch.nodes=2"],
+    "rlhf": ["experiment=demo", "launch.role_nodes={policy: 1, critic: 1, rollout: 1}"],
+}
+
+
 def job(stage: str, overrides: list[str], *launch: str) -> Job:
     config, launched = compose(stage, overrides), compose("submit", launch).launch
     run_dir = Path("/shared/my runs/trial") / stage
-    return Job(stage, overrides, [], Path("/shared/here"), run_dir, f"trial-{stage}-1", launched, plan(config, launched))
+    here = Path("/shared/here")
+    return Job(
+        stage, overrides, [], here, here / ".venv/bin", run_dir, f"trial-{stage}-1", launched, plan(config, launched)
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +70,12 @@ def directives(*launch: str, stage: str = "pretrain", overrides: list[str] = PRE
 def test_slurm_is_told_what_the_launch_says() -> None:
     names = ["partition", "account", "qos", "constraint", "exclude"]
     given = [f"launch.{name}={name}1" for name in names]
-    more = ["launch.extra=['--reservation=night']", "launch.exclusive=true", "launch.mem_per_node=64G", "launch.time=2:00:00"]
+    more = [
+        "launch.extra=['--reservation=night']",
+        "launch.exclusive=true",
+        "launch.mem_per_node=64G",
+        "launch.time=2:00:00",
+    ]
     lines = directives("launch.nodes=2", "launch.signal_lead_s=300", *given, *more)
     assert set(lines) == {
         *(f"--{name}={name}1" for name in names), "--reservation=night", "--exclusive", "--mem=64G", "--time=2:00:00",
@@ -84,3 +101,18 @@ def test_every_command_of_a_job_runs_in_its_container(container: str, words: lis
     ours = [line for line in lines if "-m llmscale." in line or "llmscale rlhf data" in line]
     assert len(ours) == 5  # begin, health, end, Ray, driver
     assert all(word in line for line in ours for word in words)
+
+
+@pytest.mark.parametrize("stage", sorted(EXAMPLES))
+def test_the_examples_of_slurm_are_what_is_written(stage: str) -> None:
+    """To write them again: WRITE=1."""
+    words = EXAMPLES[stage]
+    launch = [word for word in words if word.startswith("launch")]
+    overrides = [word for word in words if word not in launch]
+    text = slurm_script(
+        replace(job(stage, overrides, "launch=slurm", *launch), run_dir=Path("/shared/here/runs/demo") / stage)
+    )
+    file = ROOT / "slurm" / f"{stage}.sbatch"
+    if os.environ.get("WRITE"):
+        file.write_text(text)
+    assert file.read_text() == text

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llmscale.cli import main
 from llmscale.launch.status import first_traceback, look
 from tests.conftest import ROOT
 from tests.stages.runs import DEADLINE_S, TINY, num_lines, records
@@ -105,24 +106,38 @@ def test_cancel_now_leaves_nothing(llmscale: Verb, tmp_path: Path) -> None:
         (["resume"], "no run is named"),
     ],
 )
-def test_bad_input_is_one_line(words: list[str], says: str, llmscale: Verb) -> None:
-    printed = llmscale(*words, exit_code=2)
+def test_bad_input_is_one_line(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
     assert says in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("flag", ["--print", "--dry-run"])
-def test_print_and_dry_run_touch_nothing(flag: str, llmscale: Verb, tmp_path: Path) -> None:
-    words = ["launch=slurm", "cluster=laptop", "engine=deepspeed", "launch.nodes=2"]
-    printed = llmscale("submit", *WORDS, *words, flag)
-    assert ("#SBATCH --nodes=2" in printed) == (flag == "--print")
-    assert ("nodes                2" in printed) == (flag == "--dry-run")
+def test_print_and_dry_run_touch_nothing(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, "launch=slurm", "cluster=laptop", "engine=deepspeed", "launch.nodes=2", flag]
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit):
+            main(["submit", *words, *more])
+        printed = capsys.readouterr().out
+        expected = "#SBATCH --nodes=2" if flag == "--print" else '"nodes": 2' if more else "nodes                2"
+        assert expected in printed
+    assert json.loads(printed)
     assert not list(tmp_path.iterdir())
-    assert json.loads(llmscale("submit", *WORDS, *words, flag, "--json"))
 
 
 def test_the_first_traceback_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nValueError: no\n'
     (tmp_path / "trainer-node1.log").write_text("error: trainer 0: lost contact with the other ranks: x\n  Resume.\n")
-    (tmp_path / "trainer-node2.log").write_text("".join(f"1: {line}\n" for line in ["step 1", *trace.splitlines(), "z"]))
+    (tmp_path / "trainer-node2.log").write_text(
+        "".join(f"1: {line}\n" for line in ["step 1", *trace.splitlines(), "z"])
+    )
     assert first_traceback(tmp_path) == f"{tmp_path / 'trainer-node2.log'}:\n{trace.strip()}"
     assert first_traceback(tmp_path / "none") is None
