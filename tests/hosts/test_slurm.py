@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -49,18 +50,14 @@ def submit(cluster: Slurm, name: str, num_steps: int, *words: str, stage: str = 
     """Returns the run directory."""
     own = RLHF if stage == "rlhf" else PRETRAIN
     given = [*own, f"run.name={name}", f"training.num_steps={num_steps}", "launch=slurm", *words, "--json"]
-    return Path(json.loads(cluster.run(line("llmscale submit", stage, *given)).splitlines()[-1])["run"])
-
-
-def line(*words: str) -> str:
-    return " ".join(f"'{word}'" if " " in word and "=" in word else word for word in words)
+    return Path(json.loads(cluster.run(shlex.join(["llmscale", "submit", stage, *given])).splitlines()[-1])["run"])
 
 
 def one_process(cluster: Slurm, num_steps: int) -> Path:
     """The run directory of the same training in one process, which nothing disturbed."""
     name = f"one-{num_steps}"
     words = [*PRETRAIN, f"run.name={name}", f"training.num_steps={num_steps}", "engine=single", "cluster=local"]
-    cluster.run(line("llmscale pretrain", *words))
+    cluster.run(shlex.join(["llmscale", "pretrain", *words]))
     return cluster.folder.parent / "runs" / name / "pretrain"
 
 
@@ -145,13 +142,13 @@ def test_two_nodes_that_are_preempted_give_the_numbers_of_one_process(cluster: S
 def test_what_cannot_run_is_refused_at_once(cluster: Slurm, words: str, exit_code: int, says: str) -> None:
     named = words if "run.name" in words else f"run.name=refused {words}"
     more = "" if "run.name=two" not in words else "launch.nodes=2 --plugin=seen"
-    printed = cluster.run(f"llmscale submit pretrain {line(*PRETRAIN)} {named} launch=slurm {more}", exit_code)
+    printed = cluster.run(f"llmscale submit pretrain {shlex.join(PRETRAIN)} {named} launch=slurm {more}", exit_code)
     assert says in printed and "Traceback" not in printed
     assert not cluster.run("squeue -h").strip()
 
 
 def test_where_there_is_no_slurm_one_line_says_so(cluster: Slurm) -> None:
-    command = f"llmscale submit pretrain {line(*PRETRAIN)} run.name=none launch=slurm"
+    command = f"llmscale submit pretrain {shlex.join(PRETRAIN)} run.name=none launch=slurm"
     printed = cluster.run(f"PATH={Path(sys.executable).parent} {command}", exit_code=3)
     assert "launch: there is no sbatch here" in printed
 
@@ -189,13 +186,14 @@ def test_a_node_that_loses_its_power_costs_nothing_but_time(cluster: Slurm) -> N
     lost.lose_power()
     wait_until(lambda: len(attempts(run)) == 2, cluster, run)
     found = until_ended(cluster, run)
-    assert found["state"] == "done", found
-    first, second = attempts(run)
-    assert "exit_code" not in first and second["before"][0] >= 20 and lost.name not in second["nodes"]
-    assert_same_numbers(run, one_process(cluster, num_steps), num_steps)
     lost.boot()
     cluster.serve(lost)
     wait_until(lambda: cluster.run("sinfo -h -N -o %T").split().count("idle") == 3, cluster, run)
+    assert found["state"] == "done", found
+    first, second = attempts(run)
+    assert first.get("exit_code") not in (0, 75), "its node died before it could say anything, or its script saw that"
+    assert second["before"][0] >= 20 and lost.name not in second["nodes"]
+    assert_same_numbers(run, one_process(cluster, num_steps), num_steps)
 
 
 @pytest.mark.slow
