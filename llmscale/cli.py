@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, NoReturn, cast
 
+import llmscale.launch.config  # noqa: F401  registers what `launch=` can be
 from llmscale.compose import EXPERIMENT, choices, comments, compose, compose_unchecked, defaults, nearest
 from llmscale.config import STAGE, groups, import_plugins, leaves, options, to_dict, to_yaml
 from llmscale.errors import LlmscaleError, Requeue, UsageError
@@ -37,6 +38,12 @@ SUMMARY = {
 VERBS = {  # what takes arguments of its own instead of a config
     "checkpoint": ("llmscale.stages.checkpoints:run", "list, verify, export or pin the checkpoints of a run"),
     "inspect": ("llmscale.stages.inspection:run", "what became of the draws of an RLHF run, and what happened to it"),
+    "submit": ("llmscale.launch.submit:run", "start a stage on Slurm, or detached on this machine"),
+    "status": ("llmscale.launch.verbs:status", "how a run is"),
+    "logs": ("llmscale.launch.verbs:logs", "what the processes of a run have written"),
+    "cancel": ("llmscale.launch.verbs:cancel", "end a run, on whatever machine it is"),
+    "resume": ("llmscale.launch.submit:resume", "submit a run again, which goes on where it was"),
+    "runs": ("llmscale.launch.verbs:runs", "all runs and how they are"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -275,6 +275,9 @@ def _unknown(path: str, stage: str) -> ConfigError:
     others = [
         s for s in options(STAGE) if s != stage and any(p in known_paths(s) for p in (path, path.partition("@")[0]))
     ]
+    if others == ["submit"] and path not in hints:
+        what, fix = f"{stage} runs here and now", f"Write llmscale submit {stage} {path}=... to start it elsewhere."
+        return ConfigError(what, where=path, fix=fix)
     if others and path not in hints:
         what = f"{stage} has no such key; it is one of {', '.join(others)}"
         return ConfigError(what, where=path, fix=f"Leave it out; in a pipeline, write {others[0]}.{path}=...")

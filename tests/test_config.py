@@ -35,6 +35,7 @@ NEEDED = {
     "pipeline": [],
     "generate": ["model.path=m"],
     "chat": ["model.path=m"],
+    "submit": [],
 }
 
 REWARD_NEEDS = {

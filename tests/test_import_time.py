@@ -28,8 +28,12 @@ def test_importing_the_command_line_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     ("args", "expected"),
-    [(["--help"], "pretrain"), (["pretrain", "experiment=demo", "--cfg", "job"], "max_seq_len")],
-    ids=["help", "compose"],
+    [
+        (["--help"], "pretrain"),
+        (["pretrain", "experiment=demo", "--cfg", "job"], "max_seq_len"),
+        (["submit", "rlhf", "experiment=demo", "launch=slurm", "--print"], "#SBATCH"),
+    ],
+    ids=["help", "compose", "submit"],
 )
 def test_answers_within_a_second(args: list[str], expected: str):
     took = []

@@ -20,7 +20,7 @@ EXPERIMENTS = sorted(p.relative_to(ROOT / "conf/experiment").with_suffix("") for
 COMPOSE = """
 import sys
 from pathlib import Path
-import llmscale.conf, llmscale.stages
+import llmscale.conf, llmscale.launch.config, llmscale.stages
 from llmscale import compose, config
 from llmscale.errors import ConfigError
 

@@ -32,6 +32,7 @@ from llmscale.config import difference, to_yaml
 from llmscale.errors import RunError
 
 SCHEMA_VERSION = 1
+ATTEMPT_DIR = "LLMSCALE_ATTEMPT_DIR"  # in the environment: the folder of this attempt, which has been made already
 # What a run may take up again with another value of: results do not depend on it.
 MAY_CHANGE = (
     "tracking.",
@@ -85,9 +86,21 @@ def open_run(directory: Path, config: Any) -> RunDirectory:
         directory.mkdir(parents=True, exist_ok=True)
         lock = on_failure.enter_context(_lock(directory))
         _claim(directory, config)
-        attempt_dir = _next_attempt(directory / "attempts")
+        attempt_dir = _given_attempt(directory / "attempts") or next_attempt(directory / "attempts")
         on_failure.pop_all()
         return RunDirectory(directory, attempt_dir, lock)
+
+
+def claim(directory: Path, config: Any) -> str:
+    """Freeze the config of a run that is to be started elsewhere; returns the run's id.
+
+    Raises: as `open_run`.
+    """
+    with _explaining(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with _lock(directory):
+            _claim(directory, config)
+        return run_id(directory)
 
 
 def run_once(directory: Path, config: Any, work: Callable[[RunDirectory], dict[str, Any]]) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def _explaining(directory: Path) -> Iterator[None]:
 def _lock(directory: Path) -> IO[str]:
     file = (directory / ".lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(file)
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "unknown"
@@ -136,6 +149,36 @@ def _lock(directory: Path) -> IO[str]:
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _take(file: IO[str]) -> None:
+    """`is_locked`, which may look at this moment, holds the lock for microseconds. Raises: BlockingIOError."""
+    for patience_s in (0.05, 0.2):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(patience_s)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a living process, on whatever host that shares the file system, holds this lock."""
+    try:
+        with file.open(encoding="utf-8") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is not ours to look at
+        return False
+    return False
+
+
+def holder(directory: Path) -> tuple[int, str] | None:
+    """(pid, host) of the driver that holds the run; None when nobody does."""
+    if not is_locked(directory / ".lock"):
+        return None
+    found = re.fullmatch(r"pid (\d+) on (\S+)\s*", (directory / ".lock").read_text(encoding="utf-8"))
+    return (int(found[1]), found[2]) if found else None
 
 
 def wait_for_writer(directory: Path, timeout_s: float) -> IO[str]:
@@ -246,7 +289,14 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     return shown
 
 
-def _next_attempt(attempts: Path) -> Path:
+def _given_attempt(attempts: Path) -> Path | None:
+    """The attempt that whoever launched this process has opened for it, where there is one."""
+    given = Path(os.environ.get(ATTEMPT_DIR, "/"))
+    return given if given.parent == attempts.resolve() and given.is_dir() else None
+
+
+def next_attempt(attempts: Path) -> Path:
+    """A new folder attempts/<n>."""
     attempts.mkdir(exist_ok=True)
     numbers = [int(path.name) for path in attempts.iterdir() if path.name.isdigit()]
     attempt = attempts / str(max(numbers, default=0) + 1)

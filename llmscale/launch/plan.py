@@ -1,0 +1,159 @@
+"""From a stage's config and a launch to nodes: how many, what each of them has to have, and which roles live where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmscale.cluster.config import PoolConfig
+from llmscale.errors import ConfigError
+from llmscale.launch.config import LaunchConfig, SlurmLaunch
+from llmscale.stages.config import StageConfig, SupervisedConfig
+
+TRAINER = "trainer"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Nodes are numbered from 0. A stage that learns from files has one task for each rank and needs no Ray; any other has
+    a Ray over all nodes, with its driver on node 0."""
+
+    stage: str
+    on_ray: bool
+    workers: dict[str, int]  # role -> how many
+    places: dict[str, list[int]]  # role -> the nodes that it may be on
+    num_nodes: int
+    tasks_per_node: int
+    cpus_per_node: int
+    gpus_per_node: int
+    resources: list[dict[str, int]]  # of each node of Ray: role -> how many of its workers fit here
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the stage has to be told of its places."""
+        return [f"cluster.{role}.resources={{{role}: 1}}" for role in self.pinned]
+
+    @property
+    def pinned(self) -> list[str]:
+        """The roles with nodes of their own."""
+        return sorted({role for node in self.resources for role in node})
+
+
+def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
+    """Raises: ConfigError where config and launch do not fit each other."""
+    roles = roles_of(config)
+    pools: dict[str, PoolConfig] = {role: getattr(config.cluster, role) for role in roles}
+    workers = {role: pool.num_workers for role, pool in pools.items()}
+    if not isinstance(launch, SlurmLaunch):
+        places = {role: [0] for role in roles}
+        cpus, gpus = math.ceil(_total(pools.values(), "num_cpus")), math.ceil(_total(pools.values(), "num_gpus"))
+        return Plan(config.stage, not config.cluster.one_process, workers, places, 1, 1, cpus, gpus, [{}])
+    if config.cluster.address is not None:
+        raise ConfigError(
+            "the job starts the processes of its own nodes",
+            where="cluster.address",
+            fix="Leave it out with launch=slurm.",
+        )
+    if isinstance(config, SupervisedConfig):
+        return _of_ranks(config, launch)
+    return _of_roles(config, launch, pools, workers)
+
+
+def roles_of(config: StageConfig) -> list[str]:
+    if isinstance(config, SupervisedConfig):
+        return [TRAINER]
+    own: list[str] | None = getattr(config, "roles", None)
+    return own or ["rollout", *(["reward"] if getattr(config, "reward", None) is not None else [])]
+
+
+def _of_ranks(config: SupervisedConfig, launch: SlurmLaunch) -> Plan:
+    if launch.role_nodes:
+        fix = "Set launch.nodes, and cluster.trainer.num_workers for all of them together."
+        raise ConfigError(f"{config.stage} has ranks, no roles", where="launch.role_nodes", fix=fix)
+    nodes, pool = launch.nodes or 1, config.cluster.trainer
+    tasks = pool.num_workers // nodes
+    if tasks * nodes != pool.num_workers:
+        fix = f"Set cluster.trainer.num_workers={max(1, tasks) * nodes} or another multiple of {nodes}."
+        raise ConfigError(
+            f"{pool.num_workers} ranks do not spread evenly over {nodes} nodes", where="launch.nodes", fix=fix
+        )
+    cpus = tasks * max(math.ceil(pool.num_cpus), config.cluster.threads_per_worker)
+    cpus, gpus = _given(launch, cpus, math.ceil(tasks * pool.num_gpus))
+    everywhere = {TRAINER: list(range(nodes))}
+    return Plan(config.stage, False, {TRAINER: pool.num_workers}, everywhere, nodes, tasks, cpus, gpus, [{}] * nodes)
+
+
+def _of_roles(
+    config: StageConfig, launch: SlurmLaunch, pools: Mapping[str, PoolConfig], workers: dict[str, int]
+) -> Plan:
+    own = sum(launch.role_nodes.values())
+    nodes = launch.nodes or max(1, own)
+    places: dict[str, list[int]] = {}
+    resources: list[dict[str, int]] = [{} for _ in range(nodes)]
+    cpus, gpus = [0.0] * nodes, [0.0] * nodes
+    for role, number in launch.role_nodes.items():
+        where = f"launch.role_nodes.{role}"
+        if role not in pools:
+            raise ConfigError(f"{config.stage} has no {role} here", where=where, fix=f"It has: {', '.join(pools)}.")
+        if pools[role].resources:
+            fix = f"Leave cluster.{role}.resources out."
+            raise ConfigError("the role's resources say already where it runs", where=where, fix=fix)
+        if number > workers[role]:
+            fix = f"Set it to {workers[role]} or less, or cluster.{role}.num_workers to {number} or more."
+            raise ConfigError(f"{workers[role]} workers cannot fill {number} nodes", where=where, fix=fix)
+        first = sum(map(len, places.values()))
+        places[role] = list(range(first, first + number))
+        fit = math.ceil(workers[role] / number)
+        for node in places[role]:
+            resources[node][role] = fit
+            cpus[node], gpus[node] = fit * pools[role].num_cpus, fit * pools[role].num_gpus
+    shared = [pool for role, pool in pools.items() if role not in places]
+    places |= {role: list(range(nodes)) for role in pools if role not in places}
+    # Those that share go where there is room: on nodes without a role first, where there are any.
+    free = nodes - own or nodes
+    first = own if nodes > own else 0
+    for node in range(first, nodes):
+        cpus[node] += _total(shared, "num_cpus") / free
+        gpus[node] += _total(shared, "num_gpus") / free
+    per_node = _given(launch, math.ceil(max(cpus)) or 1, math.ceil(max(gpus)))
+    return Plan(config.stage, True, workers, places, nodes, 1, *per_node, resources)
+
+
+def _given(launch: SlurmLaunch, cpus: int, gpus: int) -> tuple[int, int]:
+    """What the launch says of a node; where it says nothing, what the workers there ask for."""
+    given = {"cpus_per_node": launch.cpus_per_node, "gpus_per_node": launch.gpus_per_node}
+    for (name, has), needed in zip(given.items(), (cpus, gpus), strict=True):
+        if has is not None and has < needed:
+            fix = f"Set it to {needed}, take more nodes, or lower what `cluster` asks for."
+            raise ConfigError(f"{has} are fewer than the {needed} of a node's workers", where=f"launch.{name}", fix=fix)
+    return (
+        cpus if launch.cpus_per_node is None else launch.cpus_per_node,
+        gpus if launch.gpus_per_node is None else launch.gpus_per_node,
+    )
+
+
+def _total(pools: Iterable[PoolConfig], name: str) -> float:
+    return sum(pool.num_workers * getattr(pool, name) for pool in pools)
+
+
+def described(plan: Plan, launch: LaunchConfig, config: StageConfig) -> dict[str, Any]:
+    """What `--dry-run` prints."""
+    data, reward = config.data.train, getattr(getattr(config, "reward", None), "path", None)
+    files = {"run_dir": str(Path(config.run_dir).absolute()), "data.train": data, "model.path": config.model.path}
+    return {
+        "stage": plan.stage,
+        "launch": launch.name,
+        "nodes": plan.num_nodes,
+        "roles": {role: {"workers": number, "nodes": plan.places[role]} for role, number in plan.workers.items()},
+        "per_node": {
+            "tasks": plan.tasks_per_node,
+            "cpus": plan.cpus_per_node,
+            "gpus": plan.gpus_per_node,
+            "memory": getattr(launch, "mem_per_node", None),
+        },
+        "time": getattr(launch, "time", None),
+        "files": files | ({"reward.path": reward} if reward else {}),
+    }
