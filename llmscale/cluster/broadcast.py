@@ -187,5 +187,5 @@ def _explaining(worker: str, version: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's have no class of their own
-        what = f"lost contact while weights {version} were sent: {str(error).strip().splitlines()[0]}"
+        what = f"{distributed.LOST_CONTACT}, when weights {version} were sent: {str(error).strip().splitlines()[0]}"
         raise WorkerLostError(what, where=worker, fix=SEE_LOGS) from error

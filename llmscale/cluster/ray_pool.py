@@ -305,5 +305,11 @@ def _first_cause(error: BaseException, waiting: list[Call]) -> BaseException:
         with suppress(RayError):
             other = call.exception()
             found += [other] if other is not None else []
-    died = [e for e in found if type(e) is not WorkerLostError or not e.what.startswith(LOST_CONTACT)]
-    return (died or found)[0]
+    return min(found, key=_ignorance)
+
+
+def _ignorance(error: BaseException) -> int:
+    """Who died, the driver knows best; of the workers, those know least that only lost contact."""
+    if type(error) is not WorkerLostError or error.cause != WorkerLostError.cause:
+        return 0
+    return 2 if error.what.startswith(LOST_CONTACT) else 1
