@@ -117,6 +117,22 @@ def test_bad_input_is_one_line(
     assert says in printed and "Traceback" not in printed
 
 
+def test_a_file_of_secrets_that_others_may_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "keys.env"
+    for mode, says in ((None, "no such file"), (0o644, "chmod 600 keys.env")):
+        if mode is not None:
+            file.write_text("KEY=1\n")
+            file.chmod(mode)
+        with pytest.raises(SystemExit) as ended:
+            main(["submit", *WORDS, "launch.secrets_file=keys.env"])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and "launch.secrets_file" in printed and says in printed
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("flag", ["--print", "--dry-run"])
 def test_print_and_dry_run_touch_nothing(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
