@@ -69,7 +69,7 @@ def wait_until(condition: Callable[[], Any], cluster: Slurm, run: Path) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline, f"{cluster.run(f'llmscale logs {run}')}\n{cluster.logs()}"
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def until_ended(cluster: Slurm, run: Path) -> dict[str, Any]:
@@ -85,6 +85,11 @@ def until_step(cluster: Slurm, run: Path, step: int) -> None:
 def attempts(run: Path) -> list[dict[str, Any]]:
     files = sorted((run / "attempts").glob("*/attempt.json"), key=lambda f: int(f.parent.name))
     return [json.loads(file.read_text()) for file in files]
+
+
+def preempt(cluster: Slurm, run: Path) -> None:
+    """What Slurm does itself some time before a job's end, as the script asks it to."""
+    cluster.run(f"scancel --batch --signal=USR1 {attempts(run)[-1]['job']}")
 
 
 def left_on_nodes(cluster: Slurm) -> list[str]:
@@ -103,14 +108,14 @@ def assert_same_numbers(run: Path, reference: Path, num_steps: int) -> None:
 
 def test_two_nodes_that_are_preempted_give_the_numbers_of_one_process(cluster: Slurm) -> None:
     """And lose no step, and tell nobody the secret that they are given."""
-    num_steps = 150
+    num_steps = 400
     words = ["launch.nodes=2", "launch.secrets_file=secrets.env", "--plugin=seen"]
     run = submit(cluster, "two", num_steps, *words)
     until_step(cluster, run, 3)
     listed = [text for node in cluster.nodes for text in cluster.processes_on(node, "")]
+    preempt(cluster, run)
     found = status(cluster, run)
-    assert found["state"] == "running" and found["launch"] == "slurm" and found["job"].isdigit()
-    cluster.run(f"scancel --batch --signal=USR1 {found['job']}")  # what --signal=B:USR1@120 does
+    assert found["state"] in ("running", "queued") and found["launch"] == "slurm" and found["job"].isdigit()
     after = until_ended(cluster, run)
     assert after["state"] == "done" and after["id"] == found["id"] and after["job"] == found["job"]
 
@@ -123,7 +128,7 @@ def test_two_nodes_that_are_preempted_give_the_numbers_of_one_process(cluster: S
     assert_same_numbers(run, one_process(cluster, num_steps), num_steps)
 
     command = f"llmscale submit pretrain {shlex.join(PRETRAIN)} run.name=two training.num_steps=2 --plugin=seen"
-    assert "training.num_steps: 150 -> 2" in cluster.run(f"{command} launch=slurm", exit_code=2)
+    assert "training.num_steps: 400 -> 2" in cluster.run(f"{command} launch=slurm", exit_code=2)
 
     assert len(list(cluster.folder.parent.glob("seen-*"))) == 1
     assert not any(CANARY in text for text in listed) and any("llmscale pretrain" in text for text in listed)
@@ -261,11 +266,11 @@ def any_ray(cluster: Slurm) -> bool:
 def test_rlhf_that_is_preempted_goes_on_where_it_was(cluster: Slurm) -> None:
     model = submit(cluster, "policy", 20)
     until_ended(cluster, model)
-    run = submit(cluster, "stopped", 12, "launch.nodes=2", f"model.path={model}", stage="rlhf")
+    run = submit(cluster, "stopped", 20, "launch.nodes=2", f"model.path={model}", stage="rlhf")
     wait_until(lambda: num_lines(run / "metrics.jsonl") >= 3, cluster, run)
-    cluster.run(f"scancel --batch --signal=USR1 {status(cluster, run)['job']}")
+    preempt(cluster, run)
     assert until_ended(cluster, run)["state"] == "done"
     first, second = attempts(run)
     assert first["exit_code"] == 75 and first["after"] == second["before"]
     steps = [m["step"] for m in records(run / "metrics.jsonl") if "reward/mean" in m and m["step"]]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 21))
