@@ -109,11 +109,13 @@ stop() { # some time before the time limit, or when the run is cancelled: save, 
 }
 trap stop USR1 TERM
 
-# Every node has to see the run directory and to have what the job needs.
-if ! @{srun_health} \\
-    python -m llmscale.launch.health "$attempt" @{gpus}; then
-    bad=()
-    for node in "${nodes[@]}"; do [ -e "$attempt/healthy/$node" ] || bad+=("$node"); done
+# Every node has to see the run directory and to have what the job needs. One on which nothing could be started is no
+# failure to srun, so each that is well says so.
+@{srun_health} \\
+    python -m llmscale.launch.health "$attempt" @{gpus}
+bad=()
+for node in "${nodes[@]}"; do [ -e "$attempt/healthy/$node" ] || bad+=("$node"); done
+if [ "${#bad[@]}" -gt 0 ]; then
     echo "unhealthy: ${bad[*]}"
     finish 64 "unhealthy: ${bad[*]}"
 fi

@@ -13,6 +13,14 @@ TIMEOUT_S = 60
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
 RUNNING = ("RUNNING", "COMPLETING", "STOPPED", "SIGNALING", "STAGE_OUT")
 
+NEVER = (
+    "PartitionConfig",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "BadConstraints",
+)  # reasons that no time changes
+HOW_TO_FIT = "Change launch.*: `sinfo` lists partitions and what their nodes have."
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -29,15 +37,19 @@ class JobState:
 
 
 def sbatch(script: str) -> str:
-    """Returns the job's id. Raises: ClusterError when Slurm is not here or refuses the job."""
-    # First only asked: where EnforcePartLimits is off, Slurm takes a job that can never run, and lets it wait for ever.
-    for command in (["sbatch", "--test-only"], ["sbatch", "--parsable"]):
-        done = _run(command, script)
-        if done.returncode:
-            lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.strip().splitlines()]
-            fix = "Change launch.*: `sinfo` lists partitions and what their nodes have."
-            raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}", where="launch", fix=fix)
-    return done.stdout.strip().partition(";")[0]
+    """Returns the job's id. Raises: ClusterError when Slurm is not here or refuses the job, or takes it and would let it wait
+    for ever, as it does where EnforcePartLimits is off."""
+    done = _run(["sbatch", "--parsable"], script)
+    if done.returncode:
+        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.strip().splitlines()]
+        raise ClusterError(f"Slurm refuses the job: {'; '.join(lines)}", where="launch", fix=HOW_TO_FIT)
+    job = done.stdout.strip().partition(";")[0]
+    known = state_of(job)
+    if known is not None and known.reason in NEVER:
+        scancel(job)
+        what = f"no node or partition will ever have what the job asks for ({known.reason})"
+        raise ClusterError(what, where="launch", fix=HOW_TO_FIT)
+    return job
 
 
 def state_of(job: str) -> JobState | None:

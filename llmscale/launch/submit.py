@@ -99,6 +99,8 @@ def _submit(request: Request, arguments: argparse.Namespace) -> int:
     run_dir = config.run_dir.absolute()
     if arguments.dry_run:
         return _print(described(planned, launch, config), arguments.json)
+    if launch.secrets_file is not None:
+        _check_secrets(Path(launch.secrets_file))
     touches = not arguments.print
     if touches and (found := read_result(run_dir)) is not None:
         return _finished(run_dir, config, found, arguments.json)
@@ -138,6 +140,14 @@ def _check_free(run_dir: Path) -> None:
 def _known_id(run_dir: Path) -> str:
     """A run that is not there yet has no number of its own; its name will do where a script is only shown."""
     return run_id(run_dir) if (run_dir / "run.json").exists() else "-".join(run_dir.parts[-2:])
+
+
+def _check_secrets(file: Path) -> None:
+    """As the job will, but before it has waited for its turn."""
+    if not file.is_file():
+        raise ConfigError(f"no such file: {file}", where="launch.secrets_file", fix="Name a file of NAME=value lines.")
+    if file.stat().st_mode & 0o777 != 0o600:
+        raise ConfigError(f"others may read {file}", where="launch.secrets_file", fix=f"chmod 600 {file}")
 
 
 def _check_name(name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +13,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmscale.checkpoint.run_directory import open_run, without_secrets
+from llmscale.checkpoint.run_directory import (
+    ATTEMPT_DIR,
+    claim,
+    holder,
+    is_locked,
+    next_attempt,
+    open_run,
+    run_id,
+    without_secrets,
+)
 from llmscale.errors import RunError
 
 
@@ -181,3 +192,28 @@ def test_secrets_leave_the_command_line(argument: str, shown: str):
 
 def test_the_value_after_a_secret_flag_leaves_too():
     assert without_secrets(["llmscale", "--token", "abc", "x"]) == ["llmscale", "--token", "<redacted>", "x"]
+
+
+def test_a_run_is_claimed_for_one_who_starts_it_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    named = claim(tmp_path / "a", Config())
+    assert named == run_id(tmp_path / "a") == claim(tmp_path / "a", Config())
+    assert not is_locked(tmp_path / "a" / ".lock") and not (tmp_path / "a" / "attempts").exists()
+
+    attempt = next_attempt(tmp_path / "a" / "attempts")
+    monkeypatch.setenv(ATTEMPT_DIR, str(attempt))
+    monkeypatch.chdir(tmp_path)
+    run, other = open_run(Path("a"), Config()), open_run(Path("b"), Config())
+    assert run.attempt_dir == attempt
+    assert other.attempt_dir == Path("b/attempts/1"), "the attempt that was given is another run's"
+    for opened in (run, other):
+        opened.close()
+
+
+def test_who_holds_a_run_is_seen_and_not_disturbed(tmp_path: Path):
+    assert holder(tmp_path / "a") is None
+    run = open_run(tmp_path / "a", Config())
+    assert holder(tmp_path / "a") == (os.getpid(), socket.gethostname())
+    with pytest.raises(RunError, match="another process"):
+        claim(tmp_path / "a", Config())
+    run.close()
+    assert holder(tmp_path / "a") is None

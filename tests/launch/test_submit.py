@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llmscale.cli import main
+from llmscale.launch.cancel import cancel
 from llmscale.launch.status import first_traceback, look
 from tests.conftest import ROOT
 from tests.stages.runs import DEADLINE_S, TINY, num_lines, records
@@ -63,7 +64,7 @@ def test_a_run_that_is_detached_is_followed_cancelled_and_resumed(llmscale: Verb
     wait_until(lambda: num_lines(run / "metrics.jsonl") > 3, run)
 
     assert look(run).state == "running"
-    llmscale("cancel", "runs/demo")
+    cancel(run, now=False)  # not the command: the run may be over before that has started
     wait_until(lambda: look(run).state == "cancelled", run)
     stopped = look(run)
     assert (stopped.exit_code, stopped.reason, stopped.attempt) == (75, "saved", 1)
@@ -115,6 +116,22 @@ def test_bad_input_is_one_line(
     printed = capsys.readouterr().err
     assert ended.value.code == 2
     assert says in printed and "Traceback" not in printed
+
+
+def test_a_file_of_secrets_that_others_may_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "keys.env"
+    for mode, says in ((None, "no such file"), (0o644, "chmod 600 keys.env")):
+        if mode is not None:
+            file.write_text("KEY=1\n")
+            file.chmod(mode)
+        with pytest.raises(SystemExit) as ended:
+            main(["submit", *WORDS, "launch.secrets_file=keys.env"])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and "launch.secrets_file" in printed and says in printed
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flag", ["--print", "--dry-run"])
