@@ -12,9 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmscale.cluster.config import ChaosConfig
 from llmscale.cluster.pool import Event, WorkerPool
@@ -56,6 +53,12 @@ class Chaos:
         self.thread.join()
 
     def _run(self) -> None:
+        # Here, for Ray reads its environment when it is first imported; by now the pools are open.
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        hurt = ray.remote(num_cpus=0, max_retries=0)(_hurt)
         for fault in schedule(self.config, sorted(self.pools), self.begin):
             if self.closed.wait(fault.after_s):
                 return
@@ -64,14 +67,12 @@ class Chaos:
             self.event("chaos", action=fault.action, where=hit.where, pid=hit.pid, at=hit.method)
             on_its_node = NodeAffinitySchedulingStrategy(hit.node, soft=False)
             try:
-                ray.get(
-                    _hurt.options(scheduling_strategy=on_its_node).remote(hit.pid, fault.action, self.config.delay_s)
-                )
+                there = hurt.options(scheduling_strategy=on_its_node)
+                ray.get(there.remote(hit.pid, fault.action, self.config.delay_s))
             except RayError:  # its node is gone already
                 continue
 
 
-@ray.remote(num_cpus=0, max_retries=0)
 def _hurt(pid: int, action: str, delay_s: float) -> None:
     try:
         os.kill(pid, signal.SIGKILL if action == "kill" else signal.SIGSTOP)

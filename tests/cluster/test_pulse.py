@@ -19,8 +19,9 @@ from llmscale.phases import phase
 
 with phase("update"):
     pass
-print(Pulse("127.0.0.1").address[1], flush=True)
+pulse = Pulse("127.0.0.1")
 with phase("generate", "unit 3"):
+    print(pulse.address[1], flush=True)
     while True:
         sum(range(10**6))
 """
