@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import llmscale.data.config
 import llmscale.data.tokenizer
+import llmscale.launch.config
 import llmscale.models.config
 import llmscale.stages
 from llmscale.cluster.config import Transport
