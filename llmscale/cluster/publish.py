@@ -78,6 +78,11 @@ class Publisher:
             loaded.wait()
             self.carrier.clear(version)
 
+    def close(self) -> None:
+        """Nobody takes weights any more."""
+        self.wait()
+        self.carrier.clear(self.versions.value + 1)
+
     def _wait(self, version: int, num_receivers: int, *calls: Pending) -> None:
         """For calls that wait for each other: the first failure of any, or of those that follow from it the one that knows
         most."""

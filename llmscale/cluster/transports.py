@@ -98,9 +98,12 @@ class Files:
         return [self._read(path, f"weights {version}") for path in parcel]
 
     def clear(self, version: int) -> None:
-        for older in sorted(self.folder.iterdir()):
-            if older.name < self._of(version).name:
-                remove(older)
+        if not self.folder.exists():
+            return
+        versions = sorted(self.folder.iterdir())
+        older = [path for path in versions if path.name < self._of(version).name]
+        for path in older if len(older) < len(versions) else [self.folder]:
+            remove(path)
 
     def _of(self, version: int) -> Path:
         return self.folder / f"version-{version:06d}"

@@ -277,6 +277,7 @@ class Rlhf:
     def close(self) -> None:
         """What no step has taken: with `filter_groups` more may be under way than the last steps need."""
         self.generation.close()
+        self.publisher.close()
         self.ledger.end(self.step + 1, End.dropped, {draw: UNUSED for draw in sorted(self.ledger.open)})
 
     def evaluate(self) -> Metrics:
@@ -287,6 +288,7 @@ class Rlhf:
         with self.timed("evaluate"):
             held_out = enumerate(self.prompts.validation)
             requests = [SamplingRequest(p, -1 - i, 0, weights=self.weights) for i, p in held_out]
+            self.shifts.of_rollouts()
             trajectories = self.of_units("rollout", RolloutRole.generate, requests, unsampled)
             given = self.of_units("reward", RewardRole.score, trajectories, unjudged)
             compared = self.compared(trajectories)

@@ -63,15 +63,18 @@ class Colocatable:
     """A role that may have its device by turns with others."""
 
     engine: Any
+    asleep = False
 
     def sleep(self) -> int:
         """Leave the device's memory to others. Returns how many bytes of it that freed: none on a CPU."""
         before = distributed.free_bytes()
         self.engine.sleep()
+        self.asleep = True
         return distributed.free_bytes() - before
 
     def wake(self) -> None:
         self.engine.wake()
+        self.asleep = False
 
 
 class TrainedRole(Colocatable):
@@ -87,6 +90,7 @@ class TrainedRole(Colocatable):
 
     def update(self, minibatches: Sequence[Sequence[Experience]]) -> list[dict[str, float]]:
         """One optimizer step for each minibatch; this rank takes its share of it. Returns each step's metrics."""
+        assert not self.asleep, "it is the shift of others"
         budget, metrics = token_budget(self.config, self.engine), []
         for minibatch in minibatches:
             taught = [e for e in minibatch if self.objective.teaches(e)]
@@ -239,6 +243,7 @@ class RolloutRole(Colocatable):
         self.carrier = new_carrier(config.cluster, config.run_dir)
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
+        assert not self.asleep, "it is the shift of others"
         return self.engine.generate(requests)
 
     def load_weights(self, version: int, parcel: Any) -> None:

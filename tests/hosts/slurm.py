@@ -84,11 +84,11 @@ class Slurm:
     def processes_on(self, host: Host, word: str) -> list[str]:
         """Command lines that hold `word` on a node."""
         listed = subprocess.run(
-            ["nsenter", f"--target={host.first}", "--pid", "--mount", "ps", "-eo", "args"],
+            ["nsenter", f"--target={host.first}", "--pid", "--mount", "ps", "-ww", "-eo", "args"],
             capture_output=True,
             text=True,
         )
-        return [line for line in listed.stdout.splitlines() if word in line and "ps -eo" not in line]
+        return [line for line in listed.stdout.splitlines() if word in line and "ps -ww" not in line]
 
 
 @contextmanager

@@ -110,6 +110,7 @@ def assert_same_numbers(run: Path, reference: Path, num_steps: int) -> None:
         assert weight_difference(run, reference) < 1e-3
 
 
+@pytest.mark.slow
 def test_two_nodes_that_are_preempted_give_the_numbers_of_one_process(cluster: Slurm) -> None:
     """And lose no step, and tell nobody the secret that they are given."""
     num_steps = 400

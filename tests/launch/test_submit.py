@@ -56,6 +56,7 @@ def wait_until(condition: Callable[[], Any], run: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_detached_is_followed_cancelled_and_resumed(llmscale: Verb, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo" / "pretrain"
     submitted = json.loads(llmscale("submit", *WORDS, "--json"))

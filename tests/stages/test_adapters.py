@@ -81,7 +81,7 @@ def test_a_rollout_worker_samples_what_one_with_the_exported_model_samples(
     policy, config_file = trained_policy(finished, publish, tmp_path)
     worker = RolloutRole(config_file)
     before = worker.generate(REQUESTS)
-    worker.load_weights(1, policy.publish())
+    worker.load_weights(1, policy.publish(1, None))
     tokenizer, config = load_tokenizer(str(finished)), load(Path(config_file))
     stop_ids = ChatRenderer(tokenizer).stop_ids
     fresh = build(config.rollout, load_language_model(str(finished)), tokenizer, config.run.seed, stop_ids)

@@ -72,6 +72,7 @@ def disturbed(chain: Path, folder: Path, *more: str) -> Iterator[Disturbed]:
         run.process.wait()
 
 
+@pytest.mark.slow  # minutes; the parts are in tests/cluster/test_healing.py
 def test_lost_workers_are_replaced_and_lost_ranks_go_back(chain: Path, in_one_process: Path, tmp_path: Path) -> None:
     with disturbed(chain, tmp_path) as run:
         run.until_step(3)

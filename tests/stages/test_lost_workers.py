@@ -50,6 +50,7 @@ def assert_nothing_left() -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow  # tests/hosts/test_torchrun.py has a host that dies
 def test_a_killed_and_a_stuck_rank_are_replaced(chain: Path, undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 of rank 1, then SIGSTOP of the next rank 1."""
     run_dir, log = tmp_path / "demo" / "sft", tmp_path / "log"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from llmscale.cluster.local import LocalPool
 from llmscale.stages.roles import Colocatable
 from llmscale.stages.shifts import Shifts
@@ -48,8 +50,8 @@ def test_who_leaves_is_gone_before_another_comes() -> None:
 
 
 def test_colocated_and_separate_runs_have_the_same_numbers(chain: Path, tmp_path: Path) -> None:
-    """In one process bit for bit, also saved and evaluated between two updates; on Ray, with DeepSpeed and files."""
-    runs = {name: tmp_path / name / "demo" / "rlhf" for name in ("separate", "colocated", "ray")}
+    """In one process bit for bit, also saved and evaluated between two updates."""
+    runs = {name: tmp_path / name / "demo" / "rlhf" for name in ("separate", "colocated")}
     for name, overrides in {"separate": [], "colocated": [PAIR, "cluster.transport=file"]}.items():
         log = tmp_path / f"{name}.log"
         succeed(arguments("rlhf", tmp_path / name, *from_chain("rlhf", chain), SHORT, *overrides), log)
@@ -58,6 +60,12 @@ def test_colocated_and_separate_runs_have_the_same_numbers(chain: Path, tmp_path
     told = {e["role"]: e["note"] for e in records(runs["colocated"] / "events.jsonl") if e["kind"] == "colocated"}
     assert told == {"policy": "on a CPU nothing is moved", "rollout": "on a CPU nothing is moved"}
 
+
+@pytest.mark.slow
+def test_colocated_on_ray_and_separate_runs_have_the_same_numbers(chain: Path, tmp_path: Path) -> None:
+    """With DeepSpeed and files."""
+    runs = {name: tmp_path / name / "demo" / "rlhf" for name in ("separate", "ray")}
+    succeed(arguments("rlhf", tmp_path / "separate", *from_chain("rlhf", chain), SHORT), tmp_path / "separate.log")
     on_ray = arguments("rlhf", tmp_path / "ray", *from_chain("rlhf", chain), SHORT, "cluster.transport=file")
     instead = {"cluster=local": "cluster=colocated", "engine=single": "engine=deepspeed"}
     succeed([instead.get(argument, argument) for argument in on_ray], tmp_path / "ray.log")
