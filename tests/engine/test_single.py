@@ -114,6 +114,7 @@ def test_a_scalar_model_is_saved_and_loaded(tmp_path: Path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow  # half a minute of compiling
 def test_compiled_as_not_compiled():
     compiled = SingleEngine(SingleConfig(compile=True), language_model(), OPTIM, NUM_STEPS)
     plain = engine()

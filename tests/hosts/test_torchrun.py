@@ -21,6 +21,7 @@ def on_each(hosts: Sequence[Host], command: str) -> list[subprocess.Popen]:
     return [host.start(command, host.folder / f"{host.name}.log") for host in hosts]
 
 
+@pytest.mark.slow
 def test_a_host_dies_and_the_same_command_gives_the_numbers_of_one_host(hosts: Sequence[Host], one_host: Path) -> None:
     ((named, command),) = documented("torchrun")
     assert named == [host.name for host in hosts]

@@ -87,7 +87,7 @@ def test_cancel_now_leaves_nothing(llmscale: Verb, tmp_path: Path) -> None:
     llmscale("submit", *WORDS)
     wait_until(lambda: (run / ".lock").exists(), run)
     assert json.loads(llmscale("cancel", "runs/demo", "--now", "--json"))["state"] == "cancelled"
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(run) not in listed and not any("num_steps=400" in line for line in listed.splitlines())
 
 

@@ -66,6 +66,7 @@ def weight_difference(a: Path, b: Path) -> float:
     return float(torch.stack([s for s, _ in squares]).sum().sqrt() / torch.stack([t for _, t in squares]).sum().sqrt())
 
 
+@pytest.mark.slow  # ranks resumed are in tests/engine/test_conformance.py, kills in test_resume.py
 def test_two_ranks_killed_and_resumed_equal_one_process(chain: Path, tmp_path: Path) -> None:
     assert MARKER.split("=")[0] in os.environ
     longer = ["training.num_steps=100", "optim.lr=1e-4"]

@@ -17,6 +17,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow  # a step of each is in tests/engine/test_conformance.py
 @pytest.mark.parametrize("stage", SHARED)
 def test_ranks_that_share_a_model_give_the_numbers_of_one_process(stage: str, chain: Path, tmp_path: Path) -> None:
     longer = [*from_chain(stage, chain), "training.num_steps=20", "training.eval_every_steps=10"]

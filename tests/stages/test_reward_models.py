@@ -177,6 +177,7 @@ def test_a_checkpoint_of_a_judge_of_steps_is_exported_as_one(steps: Path, tmp_pa
 # ---------------------------------------------------------------- ensembles
 
 
+@pytest.mark.slow
 def test_rlhf_with_an_ensemble(chain: Path, tmp_path: Path) -> None:
     """The shipped experiment: three runs of a sweep, and the policy that they reward."""
     (tmp_path / "demo").symlink_to(chain / "demo")

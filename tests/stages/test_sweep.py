@@ -104,6 +104,7 @@ def test_a_job_that_fails_stops_no_other_and_the_same_command_resumes(ground: Pa
     assert (runs / "train=a.jsonl/pretrain/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_resumes(ground: Path) -> None:
     argv = [*PRETRAIN, "run.seed=0,1", "data.train=a.jsonl", "tracking.wandb=disabled", "training.save_every_steps=4"]
     argv += ["training.num_steps=100"]
