@@ -188,8 +188,9 @@ class RlhfRun:
         with opened_roles(self.config, self.directory, self.config.roles, self.tracker) as pools:
             workers = {name: pool.num_workers for name, pool in pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
-            report = lambda text: self.tracker.event("stalled", why=text)  # noqa: E731
-            with ProgressWatch(pools, self.config.cluster.progress_timeout_s, report), self.chaos(pools):
+            timeout_s = self.config.cluster.progress_timeout_s
+            watch = ProgressWatch(pools, timeout_s, lambda text: self.tracker.event("stalled", why=text))
+            with watch, self.chaos(pools):
                 yield pools
 
     def chaos(self, pools: Mapping[str, WorkerPool]) -> AbstractContextManager[None]:
