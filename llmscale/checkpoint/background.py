@@ -78,6 +78,10 @@ class AsyncSaver:
         task, self._task = self._task, None  # only now: an interrupt while it waited must not lose the outcome
         return task.result()
 
+    def settled(self, timeout_s: float) -> bool:
+        """Whether no save is in flight any more, by then."""
+        return self._task is None or self._task.wait(timeout_s)
+
     def __enter__(self) -> AsyncSaver:
         return self
 

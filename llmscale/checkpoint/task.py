@@ -22,8 +22,9 @@ class Task(Generic[T]):
         self._ended = threading.Event()  # Thread.join, once interrupted, takes the thread for ended (Python 3.11)
         threading.Thread(target=self._run, args=(function,)).start()
 
-    def wait(self) -> None:
-        self._ended.wait()
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it has ended, by then."""
+        return self._ended.wait(timeout_s)
 
     def result(self) -> T:
         """Wait for the function, then return or raise what it did."""

@@ -4,6 +4,7 @@ the ranks that torchrun or srun started.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from llmscale import distributed
 from llmscale.checkpoint.run_directory import RunDirectory, open_run, wait_for_writer
 from llmscale.cluster.pool import opened_pools
 from llmscale.config import load
-from llmscale.errors import Requeue
+from llmscale.errors import Requeue, WorkerLostError
 from llmscale.stages.config import SupervisedConfig
 from llmscale.stages.restarting import restarting
 from llmscale.stages.supervised import ROLE, SupervisedRun
@@ -21,7 +22,7 @@ from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.follow import following
 from llmscale.training.stop import FILE as STOP
 from llmscale.training.stop import signals
-from llmscale.training.watchdog import forget, last_words
+from llmscale.training.watchdog import end_process, forget, last_words
 
 
 def run(config: SupervisedConfig) -> dict[str, Any] | None:
@@ -50,11 +51,22 @@ def run(config: SupervisedConfig) -> dict[str, Any] | None:
 
 
 TRAIN = "train"
+LAST_SAVE_S = 10.0  # for a save in flight to end, when other ranks are gone
 
 
 def train_here(config: SupervisedConfig, run_dir: Path) -> dict[str, Any]:
     with distributed.explaining_losses(ROLE):
-        return SupervisedRun(config, run_dir).train()
+        run = SupervisedRun(config, run_dir)
+    try:
+        with distributed.explaining_losses(ROLE):
+            return run.train()
+    except WorkerLostError as error:
+        lost = error
+        if not run.saver.settled(
+            LAST_SAVE_S
+        ):  # it waits for a rank that is gone, and would keep this process for an hour
+            end_process(lambda: print(f"error: {lost}", file=sys.stderr, flush=True))
+        raise
 
 
 class TrainerRole:

@@ -45,20 +45,19 @@ class Ranks:
         try:
             return [process.wait(DEADLINE_S) for process in self.processes]
         finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
+            self.kill()
 
-    def kill_when(self, condition: Callable[[], bool]) -> None:
-        """Kill all of them as soon as the condition holds."""
+    def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert all(process.poll() is None for process in self.processes), self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.005)
+
+    def kill(self) -> None:
         for process in self.processes:
             process.kill()
-        self.wait()
+            process.wait()
 
     def said(self) -> str:
         return "\n".join(log.read_text() for log in self.logs)

@@ -130,7 +130,7 @@ def test_a_sample_that_kills_is_left_out_and_a_reward_that_never_comes_ends_the_
         first, *_ = run.of("metrics")
         assert first["step"] == 1 and first["reward/excluded"] == 4.0
         left_out = run.events("sample_excluded")
-        assert [e["draw_id"] for e in left_out] == [0, 1, 2, 3]
+        assert [e["draw_id"] for e in left_out] in ([0, 1, 2, 3], [4, 5, 6, 7])  # whichever unit ended first
         assert all(e["why"].startswith("3 workers were lost over this unit of score: reward 0") for e in left_out)
         *_, warned, ended = run.events("stalled")  # a slow machine may have been warned of before
         assert "the driver is in score" in warned["why"] and "reward 0 (pid " in warned["why"]

@@ -29,7 +29,8 @@ def test_ranks_that_share_a_model_give_the_numbers_of_one_process(stage: str, ch
     argv = [a for a in argv if a != "engine=single"]
     run_dir = tmp_path / "demo" / stage
     killed = Ranks(argv, tmp_path)
-    killed.kill_when((run_dir / "checkpoints" / "step-000004").exists)
+    killed.until((run_dir / "checkpoints" / "step-000004").exists)
+    killed.kill()
     assert not (run_dir / "result.json").exists()
     resumed = Ranks(argv, tmp_path)
     assert resumed.wait() == [0, 0], resumed.said()
