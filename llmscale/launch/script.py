@@ -40,9 +40,9 @@ class Job:
 
 
 HEAD = """#!/usr/bin/env bash
-# llmscale @{stage} in @{run}, written by `llmscale submit`.
+# @{what}, written by `llmscale submit`.
 @{directives}set -uo pipefail
-run=@{run}
+@{which}
 export PATH=@{environment}:$PATH
 cd @{folder} && mkdir -p "$run/launch" "$run/attempts" || exit 64
 exec >>"$run/launch/job.log" 2>&1
@@ -81,7 +81,7 @@ trap stop TERM USR1
 while :; do
     attempt=$(@{attempts} begin "$run" "local-$$" @{max_retries} "$(hostname)" 9>&-) || exit 2
     export LLMSCALE_ATTEMPT_DIR=$attempt
-    @{command} >"$attempt/driver-$(hostname).log" 2>&1 9>&- &
+    "${command[@]}" >"$attempt/driver-$(hostname).log" 2>&1 9>&- &
     step=$!
     @{wait}
     @{attempts} end "$attempt" "$code" "$asked" 9>&- || exit "$code"
@@ -130,7 +130,7 @@ step=$!
 RANKS = """# One task a rank.
 export MASTER_ADDR=${nodes[0]} MASTER_PORT=$port
 @{srun} \\
-    @{command} &"""
+    "${command[@]}" &"""
 
 RAY = """# Ray over all nodes, which nobody enters without the token; the driver on the first one.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$run/launch/ray-token RAY_USAGE_STATS_ENABLED=0
@@ -147,7 +147,7 @@ until [ "$(find "$attempt/ray-up" -type f 2>/dev/null | wc -l)" = "$SLURM_JOB_NU
     sleep 0.5
 done
 @{srun_driver} \\
-    @{command} cluster.address="$head" &"""
+    "${command[@]}" @{overrides}cluster.address="$head" &"""
 
 AFTER_RAY = """kill -USR1 "$ray" 2>/dev/null
 wait "$ray" 2>/dev/null
@@ -157,14 +157,13 @@ ATTEMPTS = "python -m llmscale.launch.attempts"
 
 
 def local_script(job: Job) -> str:
-    text = _filled(LOCAL, command=_line(job.command), wait=_wait("    "), **_bookkeeping(job, ATTEMPTS))
-    return _head(job, "") + text
+    return _head([job], "") + _filled(LOCAL, wait=_wait("    "), **_bookkeeping(job, ATTEMPTS))
 
 
-def slurm_script(job: Job) -> str:
-    """For sbatch; docs/slurm.md says what it does."""
-    launch, plan = job.launch, job.plan
-    assert isinstance(launch, SlurmLaunch)
+def slurm_script(jobs: Sequence[Job]) -> str:
+    """For sbatch; docs/slurm.md says what it does. Several jobs are one array; all have the same launch and the same plan."""
+    job, launch, plan = jobs[0], jobs[0].launch, jobs[0].plan
+    assert isinstance(launch, SlurmLaunch) and all((j.launch, j.plan) == (launch, plan) for j in jobs)
     srun = _Srun(job, launch)
     every_node = f"--nodes={plan.num_nodes} --ntasks={plan.num_nodes} --ntasks-per-node=1"
     cpus = f"--cpus-per-task={_cpus_per_task(plan)}"
@@ -175,16 +174,14 @@ def slurm_script(job: Job) -> str:
             srun_driver=srun("driver", '--overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}"'),
             cpus=str(plan.cpus_per_node),
             resources=" ".join(shlex.quote(json.dumps(node)) for node in plan.resources),
-            command=_line([*job.command, *plan.overrides]),
+            overrides="".join(f"{shlex.quote(override)} " for override in plan.overrides),
         )
     else:
         # Ranks that were asked to stop end one after the other: the first must not have the rest killed. One that has died
         # takes the others with it by itself, or after a minute.
         label = " --label" if plan.tasks_per_node > 1 else ""  # each line with its rank
         tasks = f"--nodes={plan.num_nodes} --ntasks-per-node={plan.tasks_per_node} {cpus}"
-        start = _filled(
-            RANKS, srun=srun("trainer", f"{tasks} --kill-on-bad-exit=0 --wait=60{label}"), command=_line(job.command)
-        )
+        start = _filled(RANKS, srun=srun("trainer", f"{tasks} --kill-on-bad-exit=0 --wait=60{label}"))
     text = _filled(
         SLURM,
         srun_health=srun("health", every_node),
@@ -194,42 +191,46 @@ def slurm_script(job: Job) -> str:
         after=AFTER_RAY if plan.on_ray else "",
         **_bookkeeping(job, srun.on_first_node(ATTEMPTS)),
     )
-    return _head(job, "".join(f"#SBATCH {line}\n" for line in _directives(job, launch))) + text
+    return _head(jobs, "".join(f"#SBATCH {line}\n" for line in _directives(jobs, launch))) + text
 
 
 class _Srun:
     """How a command is started on nodes, in the container where there is one."""
 
     def __init__(self, job: Job, launch: SlurmLaunch):
-        mounts = [str(job.folder), str(job.run_dir), *launch.mounts]
-        self.options: list[str] = []
-        self.inside: list[str] = []
+        mounts = [*(shlex.quote(mount) for mount in (str(job.folder), *launch.mounts)), '"$run"']  # words of the shell
+        self.options, self.inside = "", ""
         if launch.container is Container.pyxis:
             where = ",".join(f"{mount}:{mount}" for mount in mounts)
-            self.options = [f"--container-image={launch.image}", f"--container-mounts={where}"]
-            self.options.append(f"--container-workdir={job.folder}")
+            self.options = f"{_line([f'--container-image={launch.image}'])} --container-mounts={where} "
+            self.options += _line([f"--container-workdir={job.folder}"])
         elif launch.container is Container.apptainer:
-            gpus = ["--nv"] if job.plan.gpus_per_node else []
-            binds = [word for mount in mounts for word in ("--bind", mount)]
-            self.inside = ["apptainer", "exec", *gpus, *binds, "--pwd", str(job.folder), str(launch.image)]
+            gpus = "--nv " if job.plan.gpus_per_node else ""
+            binds = "".join(f"--bind {mount} " for mount in mounts)
+            self.inside = f"apptainer exec {gpus}{binds}{_line(['--pwd', str(job.folder), str(launch.image)])}"
 
     def __call__(self, name: str, where: str) -> str:
         output = f'--output="$attempt/{name}-%N.log"'
-        return " ".join(filter(None, ["srun", where, output, _line(self.options), _line(self.inside)]))
+        return " ".join(filter(None, ["srun", where, output, self.options, self.inside]))
 
     def on_first_node(self, command: str) -> str:
         """In the script's own shell, unless that lacks the container."""
         if not self.options and not self.inside:
             return command
-        words = ["srun --overlap --nodes=1 --ntasks=1", _line(self.options), _line(self.inside), command]
+        words = ["srun --overlap --nodes=1 --ntasks=1", self.options, self.inside, command]
         return " ".join(filter(None, words))
 
 
-def _head(job: Job, directives: str) -> str:
+def _head(jobs: Sequence[Job], directives: str) -> str:
+    job, alone = jobs[0], len(jobs) == 1
+    runs = [(f"run={shlex.quote(str(j.run_dir))}", f"command=({_line(j.command)})") for j in jobs]
+    cases = "\n".join(f"{number})\n    {run}\n    {command}\n    ;;" for number, (run, command) in enumerate(runs))
     text = _filled(
         HEAD,
-        stage=job.stage,
-        run=shlex.quote(str(job.run_dir)),
+        what=f"llmscale {job.stage} in {shlex.quote(str(job.run_dir))}"
+        if alone
+        else f"an array of llmscale {job.stage}",
+        which="\n".join(runs[0]) if alone else f'case "$SLURM_ARRAY_TASK_ID" in\n{cases}\nesac',
         directives=directives,
         environment=shlex.quote(str(job.programs)),
         folder=shlex.quote(str(job.folder)),
@@ -243,11 +244,12 @@ def _bookkeeping(job: Job, attempts: str) -> dict[str, str]:
     return {"attempts": attempts, "max_retries": str(job.launch.max_retries)}
 
 
-def _directives(job: Job, launch: SlurmLaunch) -> list[str]:
-    plan = job.plan
+def _directives(jobs: Sequence[Job], launch: SlurmLaunch) -> list[str]:
+    plan, name = jobs[0].plan, jobs[0].run_id if len(jobs) == 1 else f"{jobs[0].stage}-{len(jobs)}"
+    array = None if len(jobs) == 1 else f"0-{len(jobs) - 1}"
     gpus = str(plan.gpus_per_node) if plan.gpus_per_node and launch.gres is None else None
     values = {
-        "job-name": job.run_id, "comment": job.run_id, "nodes": plan.num_nodes, "ntasks-per-node": plan.tasks_per_node,
+        "job-name": name, "comment": name, "array": array, "nodes": plan.num_nodes, "ntasks-per-node": plan.tasks_per_node,
         "cpus-per-task": _cpus_per_task(plan), "gpus-per-node": gpus, "gres": launch.gres, "mem": launch.mem_per_node,
         "time": launch.time, "partition": launch.partition, "account": launch.account, "qos": launch.qos,
         "constraint": launch.constraint, "exclude": launch.exclude,

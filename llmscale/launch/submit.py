@@ -111,7 +111,7 @@ def _submit(request: Request, arguments: argparse.Namespace) -> int:
         _check_name(named)
     programs = Path(sys.executable).parent
     job = Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, run_dir, named, launch, planned)
-    script = local_script(job) if isinstance(launch, LocalLaunch) else slurm_script(job)
+    script = local_script(job) if isinstance(launch, LocalLaunch) else slurm_script([job])
     if arguments.print:
         return _print({"script": script}, True) if arguments.json else _write(script)
     file = run_dir / "launch" / "job.sh"

@@ -51,19 +51,19 @@ def test_it_is_clean_shell_and_gives_the_command(
     stage: str, overrides: list[str], launch: list[str], tmp_path: Path
 ) -> None:
     made = job(stage, overrides, *launch)
-    text = (local_script if launch[0] == "launch=local" else slurm_script)(made)
+    text = local_script(made) if launch[0] == "launch=local" else slurm_script([made])
     file = tmp_path / "job.sh"
     file.write_text(text)
     checked = subprocess.run(["shellcheck", str(file)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
     assert "@{" not in text
-    line = next(line for line in text.splitlines() if f"llmscale {stage} " in line and not line.startswith("#"))
-    words = shlex.split(line)
+    line = next(line for line in text.splitlines() if line.startswith(f"command=(llmscale {stage} "))
+    words = shlex.split(line.removeprefix("command=(").removesuffix(")"))
     assert set(overrides) <= set(words)
 
 
 def directives(*launch: str, stage: str = "pretrain", overrides: list[str] = PRETRAIN) -> list[str]:
-    text = slurm_script(job(stage, overrides, "launch=slurm", *launch))
+    text = slurm_script([job(stage, overrides, "launch=slurm", *launch)])
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
@@ -96,9 +96,9 @@ def test_gpus_are_asked_for_by_number_or_as_the_site_wants_it() -> None:
     [("pyxis", ["--container-image=", "--container-mounts=/shared/here:"]), ("apptainer", ["apptainer exec --bind"])],
 )
 def test_every_command_of_a_job_runs_in_its_container(container: str, words: list[str]) -> None:
-    text = slurm_script(job("rlhf", RLHF, "launch=slurm", f"launch.container={container}", *IMAGE))
+    text = slurm_script([job("rlhf", RLHF, "launch=slurm", f"launch.container={container}", *IMAGE)])
     lines = text.replace("\\\n", " ").splitlines()
-    ours = [line for line in lines if "-m llmscale." in line or "llmscale rlhf data" in line]
+    ours = [line for line in lines if "-m llmscale." in line or '"${command[@]}"' in line]
     assert len(ours) == 5  # begin, health, end, Ray, driver
     assert all(word in line for line in ours for word in words)
 
@@ -109,10 +109,31 @@ def test_the_examples_of_slurm_are_what_is_written(stage: str) -> None:
     words = EXAMPLES[stage]
     launch = [word for word in words if word.startswith("launch")]
     overrides = [word for word in words if word not in launch]
-    text = slurm_script(
-        replace(job(stage, overrides, "launch=slurm", *launch), run_dir=Path("/shared/here/runs/demo") / stage)
-    )
+    made = replace(job(stage, overrides, "launch=slurm", *launch), run_dir=Path("/shared/here/runs/demo") / stage)
+    text = slurm_script([made])
     file = ROOT / "slurm" / f"{stage}.sbatch"
     if os.environ.get("WRITE"):
         file.write_text(text)
     assert file.read_text() == text
+
+
+def test_an_array_is_one_script_that_knows_its_runs(tmp_path: Path) -> None:
+    jobs = [
+        replace(job("pretrain", [*PRETRAIN, f"run.seed={seed}"], "launch=slurm"), run_dir=tmp_path / str(seed))
+        for seed in (3, 5)
+    ]
+    text = slurm_script(jobs)
+    assert "#SBATCH --array=0-1\n" in text
+    until_paths = text.partition("\nexport PATH")[0]
+    for number, seed in enumerate((3, 5)):
+        shown = subprocess.run(
+            ["bash", "-c", f'{until_paths}\nprintf "%s\\n" "$run" "${{command[@]}}"'],
+            env={"SLURM_ARRAY_TASK_ID": str(number), "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert shown.stdout.splitlines() == [
+            str(tmp_path / str(seed)),
+            "llmscale",
+            "pretrain",
+            *PRETRAIN,
+            f"run.seed={seed}",
+        ]
