@@ -33,6 +33,7 @@ from llmscale.errors import RunError
 
 SCHEMA_VERSION = 1
 ATTEMPT_DIR = "LLMSCALE_ATTEMPT_DIR"  # in the environment: the folder of this attempt, which has been made already
+RUN_ID = "LLMSCALE_RUN_ID"  # in the environment: the id of a run that was claimed on another machine
 # What a run may take up again with another value of: results do not depend on it.
 MAY_CHANGE = (
     "tracking.",
@@ -249,7 +250,7 @@ _ANOTHER_NAME = "Give this run another run.name=..., or remove the directory."
 def _origin(directory: Path) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "id": f"{'-'.join(directory.parts[-2:])}-{secrets.token_hex(3)}",
+        "id": os.environ.get(RUN_ID) or f"{'-'.join(directory.parts[-2:])}-{secrets.token_hex(3)}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "llmscale": __version__,
         "command": without_secrets(sys.argv),

@@ -24,7 +24,8 @@ KILLED_BY = (128 + 10, 128 + 15)  # SIGUSR1 and SIGTERM, where they came before 
 FINAL = (2, 3, 64, 130)
 
 
-def begin(run: Path, job: str, nodes: Sequence[str], max_retries: int) -> Path:
+def begin(run: Path, job: str, nodes: Sequence[str], max_retries: int, start: str = "") -> Path:
+    """`start`: which start of the job this is, where its other nodes have to find the attempt."""
     folder = next_attempt(run / "attempts")
     record = {
         "job": job,
@@ -33,6 +34,8 @@ def begin(run: Path, job: str, nodes: Sequence[str], max_retries: int) -> Path:
         "began_s": _now_s(),
         "before": progress(run),
     }
+    if start:
+        record["start"] = start
     _write(folder, record)
     return folder
 
@@ -79,6 +82,13 @@ def all_attempts(run: Path) -> dict[int, dict[str, Any]]:
 def read(folder: Path) -> dict[str, Any]:
     file = folder / ATTEMPT
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def begun_by(run: Path, job: str, start: str) -> Path | None:
+    """The attempt of this start of the job, once there is one."""
+    records = all_attempts(run)
+    found = [n for n, record in records.items() if (record.get("job"), record.get("start")) == (job, start)]
+    return run / "attempts" / str(max(found)) if found else None
 
 
 def cancel_file(run: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmscale.checkpoint.run_directory import holder
 from llmscale.errors import RunError
-from llmscale.launch import local, slurm
+from llmscale.launch import kubernetes, local, slurm
 from llmscale.launch.attempts import cancel_file
 from llmscale.launch.status import Status, Submission, find, look, submission_of
 
@@ -30,6 +30,8 @@ def cancel(path: Path, now: bool) -> Status:
     cancel_file(run).touch()  # first: the job looks for it before it goes back into the queue
     if before.launch == "slurm" and before.job is not None:
         slurm.scancel(before.job, None if now or before.state == "queued" else "USR1")
+    elif before.launch == "kubernetes" and before.job is not None:
+        kubernetes.cancel(kubernetes.Place.from_text(before.job), now)
     else:
         _end_here(run, submission, now)
     deadline = time.monotonic() + WAIT_S

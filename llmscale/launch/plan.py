@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.cluster.config import PoolConfig
+from llmscale.cluster.placement import shared as colocated
 from llmscale.errors import ConfigError
-from llmscale.launch.config import LaunchConfig, SlurmLaunch
+from llmscale.launch.config import KubernetesLaunch, LaunchConfig, NodesLaunch
 from llmscale.stages.config import StageConfig, SupervisedConfig
 
 TRAINER = "trainer"
@@ -27,9 +28,18 @@ class Plan:
     places: dict[str, list[int]]  # role -> the nodes that it may be on
     num_nodes: int
     tasks_per_node: int
-    cpus_per_node: int
-    gpus_per_node: int
+    cpus: list[int]  # of each node
+    gpus: list[int]
     resources: list[dict[str, int]]  # of each node of Ray: role -> how many of its workers fit here
+
+    @property
+    def cpus_per_node(self) -> int:
+        """Where all nodes have to be alike."""
+        return max(self.cpus)
+
+    @property
+    def gpus_per_node(self) -> int:
+        return max(self.gpus)
 
     @property
     def overrides(self) -> list[str]:
@@ -47,15 +57,15 @@ def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
     roles = roles_of(config)
     pools: dict[str, PoolConfig] = {role: getattr(config.cluster, role) for role in roles}
     workers = {role: pool.num_workers for role, pool in pools.items()}
-    if not isinstance(launch, SlurmLaunch):
+    if not isinstance(launch, NodesLaunch):
         places = {role: [0] for role in roles}
         cpus, gpus = math.ceil(_total(pools.values(), "num_cpus")), math.ceil(_total(pools.values(), "num_gpus"))
-        return Plan(config.stage, not config.cluster.one_process, workers, places, 1, 1, cpus, gpus, [{}])
+        return Plan(config.stage, not config.cluster.one_process, workers, places, 1, 1, [cpus], [gpus], [{}])
     if config.cluster.address is not None:
         raise ConfigError(
             "the job starts the processes of its own nodes",
             where="cluster.address",
-            fix="Leave it out with launch=slurm.",
+            fix=f"Leave it out with launch={launch.name}.",
         )
     if isinstance(config, SupervisedConfig):
         return _of_ranks(config, launch)
@@ -69,7 +79,7 @@ def roles_of(config: StageConfig) -> list[str]:
     return own or ["rollout", *(["reward"] if getattr(config, "reward", None) is not None else [])]
 
 
-def _of_ranks(config: SupervisedConfig, launch: SlurmLaunch) -> Plan:
+def _of_ranks(config: SupervisedConfig, launch: NodesLaunch) -> Plan:
     if launch.role_nodes:
         fix = "Set launch.nodes, and cluster.trainer.num_workers for all of them together."
         raise ConfigError(f"{config.stage} has ranks, no roles", where="launch.role_nodes", fix=fix)
@@ -81,20 +91,24 @@ def _of_ranks(config: SupervisedConfig, launch: SlurmLaunch) -> Plan:
             f"{pool.num_workers} ranks do not spread evenly over {nodes} nodes", where="launch.nodes", fix=fix
         )
     cpus = tasks * max(math.ceil(pool.num_cpus), config.cluster.threads_per_worker)
-    cpus, gpus = _given(launch, cpus, math.ceil(tasks * pool.num_gpus))
+    all_cpus, all_gpus = _given(launch, [cpus] * nodes, [math.ceil(tasks * pool.num_gpus)] * nodes)
     everywhere = {TRAINER: list(range(nodes))}
-    return Plan(config.stage, False, {TRAINER: pool.num_workers}, everywhere, nodes, tasks, cpus, gpus, [{}] * nodes)
+    ranks = {TRAINER: pool.num_workers}
+    return Plan(config.stage, False, ranks, everywhere, nodes, tasks, all_cpus, all_gpus, [{}] * nodes)
 
 
 def _of_roles(
-    config: StageConfig, launch: SlurmLaunch, pools: Mapping[str, PoolConfig], workers: dict[str, int]
+    config: StageConfig, launch: NodesLaunch, pools: Mapping[str, PoolConfig], workers: dict[str, int]
 ) -> Plan:
-    own = sum(launch.role_nodes.values())
+    role_nodes = launch.role_nodes or _a_group_each(config, launch, pools)
+    own = sum(role_nodes.values())
     nodes = launch.nodes or max(1, own)
+    if not launch.role_nodes and 0 < len(role_nodes) < len(pools):
+        nodes += 1  # for the others
     places: dict[str, list[int]] = {}
     resources: list[dict[str, int]] = [{} for _ in range(nodes)]
     cpus, gpus = [0.0] * nodes, [0.0] * nodes
-    for role, number in launch.role_nodes.items():
+    for role, number in role_nodes.items():
         where = f"launch.role_nodes.{role}"
         if role not in pools:
             raise ConfigError(f"{config.stage} has no {role} here", where=where, fix=f"It has: {', '.join(pools)}.")
@@ -118,25 +132,38 @@ def _of_roles(
     for node in range(first, nodes):
         cpus[node] += _total(shared, "num_cpus") / free
         gpus[node] += _total(shared, "num_gpus") / free
-    per_node = _given(launch, math.ceil(max(cpus)) or 1, math.ceil(max(gpus)))
-    return Plan(config.stage, True, workers, places, nodes, 1, *per_node, resources)
+    all_cpus, all_gpus = _given(launch, [math.ceil(c) or 1 for c in cpus], [math.ceil(g) for g in gpus])
+    return Plan(config.stage, True, workers, places, nodes, 1, all_cpus, all_gpus, resources)
 
 
-def _given(launch: SlurmLaunch, cpus: int, gpus: int) -> tuple[int, int]:
-    """What the launch says of a node; where it says nothing, what the workers there ask for."""
+def _a_group_each(config: StageConfig, launch: NodesLaunch, pools: Mapping[str, PoolConfig]) -> dict[str, int]:
+    """Pods need not be alike: on Kubernetes each role has one of its own where nothing else is said. Colocated ones, and one
+    that names resources of the user's, share one."""
+    if not isinstance(launch, KubernetesLaunch) or launch.nodes is not None:
+        return {}
+    together = colocated(config.cluster, pools)
+    return {role: 1 for role, pool in pools.items() if role not in together and not pool.resources}
+
+
+def _given(launch: NodesLaunch, cpus: list[int], gpus: list[int]) -> tuple[list[int], list[int]]:
+    """What the launch says of its nodes; where it says nothing, what the workers there ask for."""
     given = {"cpus_per_node": launch.cpus_per_node, "gpus_per_node": launch.gpus_per_node}
-    for (name, has), needed in zip(given.items(), (cpus, gpus), strict=True):
+    for (name, has), needed in zip(given.items(), (max(cpus), max(gpus)), strict=True):
         if has is not None and has < needed:
             fix = f"Set it to {needed}, take more nodes, or lower what `cluster` asks for."
             raise ConfigError(f"{has} are fewer than the {needed} of a node's workers", where=f"launch.{name}", fix=fix)
     return (
-        cpus if launch.cpus_per_node is None else launch.cpus_per_node,
-        gpus if launch.gpus_per_node is None else launch.gpus_per_node,
+        cpus if launch.cpus_per_node is None else [launch.cpus_per_node] * len(cpus),
+        gpus if launch.gpus_per_node is None else [launch.gpus_per_node] * len(gpus),
     )
 
 
 def _total(pools: Iterable[PoolConfig], name: str) -> float:
     return sum(pool.num_workers * getattr(pool, name) for pool in pools)
+
+
+def _alike(amounts: list[int]) -> int | list[int]:
+    return amounts if len(set(amounts)) > 1 else amounts[0]
 
 
 def described(plan: Plan, launch: LaunchConfig, config: StageConfig) -> dict[str, Any]:
@@ -150,8 +177,8 @@ def described(plan: Plan, launch: LaunchConfig, config: StageConfig) -> dict[str
         "roles": {role: {"workers": number, "nodes": plan.places[role]} for role, number in plan.workers.items()},
         "per_node": {
             "tasks": plan.tasks_per_node,
-            "cpus": plan.cpus_per_node,
-            "gpus": plan.gpus_per_node,
+            "cpus": _alike(plan.cpus),
+            "gpus": _alike(plan.gpus),
             "memory": getattr(launch, "mem_per_node", None),
         },
         "time": getattr(launch, "time", None),

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmscale.launch.config import Container, LaunchConfig, SlurmLaunch
+from llmscale.launch.config import Container, LaunchConfig, ScriptLaunch, SlurmLaunch
 from llmscale.launch.plan import Plan
 
 
@@ -29,7 +29,7 @@ class Job:
     flags: list[str]  # --config-dir, --plugin
     folder: Path  # the working directory
     programs: Path  # where llmscale and python are, in that folder's environment
-    run_dir: Path  # absolute
+    run_dir: Path  # absolute, and as the job sees it
     run_id: str
     launch: LaunchConfig
     plan: Plan
@@ -235,7 +235,7 @@ def _head(jobs: Sequence[Job], directives: str) -> str:
         environment=shlex.quote(str(job.programs)),
         folder=shlex.quote(str(job.folder)),
     )
-    if job.launch.secrets_file is not None:
+    if isinstance(job.launch, ScriptLaunch) and job.launch.secrets_file is not None:
         text += _filled(SECRETS, file=shlex.quote(str(Path(job.launch.secrets_file).absolute())))
     return text
 

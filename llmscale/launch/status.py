@@ -1,5 +1,6 @@
 """`llmscale status [RUN]` and `llmscale runs [DIR]`: how runs are. The run directory is the truth, on any machine that sees it;
-only whether a job still waits or lives is Slurm's to say, where it can be asked."""
+only whether a job still waits or lives is Slurm's or Kubernetes' to say, where it can be asked. A run on a volume of Kubernetes
+may have no more here than its config: then all that is known is what the cluster says."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.checkpoint.run_directory import holder, read_result, run_id
-from llmscale.errors import Requeue, RunError
-from llmscale.launch import local, slurm
+from llmscale.errors import ClusterError, Requeue, RunError
+from llmscale.launch import kubernetes, local, slurm
 from llmscale.launch.attempts import all_attempts, cancel_file
 from llmscale.tracking.jsonl import METRICS, read_jsonl
 
@@ -29,7 +30,7 @@ class Submission:
     """How a run was started, last."""
 
     launch: str
-    job: str  # Slurm's number, or the pid of the script
+    job: str  # Slurm's number, the pid of the script, or NAMESPACE/KIND/NAME[@CONTEXT]
     host: str
     submitted_s: float
     stage: str
@@ -100,6 +101,8 @@ def _state(
     run: Path, submission: Submission | None, last: dict[str, Any], result: dict[str, Any] | None
 ) -> tuple[str, str]:
     """The state, and why."""
+    if submission is not None and submission.launch == "kubernetes" and result is None:
+        return _state_in_pods(run, submission, last)
     known = None
     job = submission.job if submission else str(last.get("job", ""))
     if _launch(submission, last) == "slurm":
@@ -112,6 +115,24 @@ def _state(
         return "running", ""
     if submission is not None and submission.launch == "slurm" and known is None and not last:
         return "unknown", "Slurm cannot be asked from here"
+    return _how_it_ended(run, last)
+
+
+def _state_in_pods(run: Path, submission: Submission, last: dict[str, Any]) -> tuple[str, str]:
+    try:
+        known = kubernetes.state_of(kubernetes.Place.from_text(submission.job))
+    except ClusterError:
+        if not last:  # nothing is seen of it here
+            raise
+        return ("running", "") if holder(run) is not None else _how_it_ended(run, last)
+    if known is not None and (known.state in ("queued", "running") or not last):
+        return known.state, known.reason
+    if known is None and not last and not cancel_file(run).exists():
+        return "lost", "the cluster knows it no more, and its run directory is not seen from here"
+    return _how_it_ended(run, last)
+
+
+def _how_it_ended(run: Path, last: dict[str, Any]) -> tuple[str, str]:
     cancelled = cancel_file(run).exists()
     if not last or "exit_code" not in last:
         return ("cancelled", "") if cancelled else ("lost", "it ended without a word") if last else ("new", "")
@@ -191,6 +212,16 @@ def _next(state: str) -> Sequence[str]:
     return () if state == "done" else ("logs", "resume")
 
 
+def _look_or_say(run: Path) -> Status:
+    """One cluster that does not answer must not hide the other runs."""
+    try:
+        return look(run)
+    except ClusterError as error:
+        submission = submission_of(run)
+        job = submission.job if submission else None
+        return Status(str(run), run_id(run), "unknown", "kubernetes", job, error.what, 0, 0)
+
+
 def _newest() -> Path:
     found = all_runs(Path("runs"))
     if not found:
@@ -200,7 +231,7 @@ def _newest() -> Path:
 
 def list_runs(folder: Path, as_json: bool) -> int:
     """`llmscale runs`."""
-    found = [look(run) for run in all_runs(folder)]
+    found = [_look_or_say(run) for run in all_runs(folder)]
     if as_json:
         print(json.dumps([asdict(status) for status in found]))
         return 0

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from llmscale.checkpoint.durable import atomic_write_text
@@ -20,9 +20,10 @@ from llmscale.checkpoint.run_directory import claim, read_result, run_id, withou
 from llmscale.compose import comments, compose, nearest
 from llmscale.config import STAGE, import_plugins, options
 from llmscale.errors import ConfigError, RunError, UsageError
-from llmscale.launch import local, slurm
+from llmscale.launch import kubernetes, local, slurm
 from llmscale.launch.attempts import cancel_file
-from llmscale.launch.config import LocalLaunch, SlurmLaunch
+from llmscale.launch.config import KubernetesLaunch, LaunchConfig, LocalLaunch, ScriptLaunch, SlurmLaunch
+from llmscale.launch.manifest import manifest, run_dir_in_pod, to_yaml
 from llmscale.launch.plan import described, plan
 from llmscale.launch.script import Job, local_script, slurm_script
 from llmscale.launch.status import SUBMISSION, Submission, look, submission_of
@@ -99,8 +100,11 @@ def _submit(request: Request, arguments: argparse.Namespace) -> int:
     run_dir = config.run_dir.absolute()
     if arguments.dry_run:
         return _print(described(planned, launch, config), arguments.json)
-    if launch.secrets_file is not None:
+    if isinstance(launch, ScriptLaunch) and launch.secrets_file is not None:
         _check_secrets(Path(launch.secrets_file))
+    where = run_dir
+    if isinstance(launch, KubernetesLaunch):
+        where = Path(run_dir_in_pod(PurePosixPath(config.run_dir), launch))
     touches = not arguments.print
     if touches and (found := read_result(run_dir)) is not None:
         return _finished(run_dir, config, found, arguments.json)
@@ -110,21 +114,34 @@ def _submit(request: Request, arguments: argparse.Namespace) -> int:
     if isinstance(launch, SlurmLaunch):
         _check_name(named)
     programs = Path(sys.executable).parent
-    job = Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, run_dir, named, launch, planned)
-    script = local_script(job) if isinstance(launch, LocalLaunch) else slurm_script([job])
+    job = Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, where, named, launch, planned)
+    file, text = _native(job)
     if arguments.print:
-        return _print({"script": script}, True) if arguments.json else _write(script)
-    file = run_dir / "launch" / "job.sh"
-    file.parent.mkdir(exist_ok=True)
-    atomic_write_text(file, script)
+        return _print({"script": text}, True) if arguments.json else _write(text)
+    (run_dir / "launch").mkdir(exist_ok=True)
+    atomic_write_text(run_dir / "launch" / file, text)
     cancel_file(run_dir).unlink(missing_ok=True)
-    native = local.start(file) if isinstance(launch, LocalLaunch) else slurm.sbatch(script)
+    native = _start(job, run_dir / "launch" / file)
     submission = Submission(
         launch.name, native, socket.gethostname(), round(time.time(), 3), request.stage, request.overrides,
         request.launch_overrides, request.config_dir, request.plugins, str(Path.cwd()),
     )  # fmt: skip
     atomic_write_text(run_dir / "launch" / SUBMISSION, json.dumps(vars(submission), indent=1) + "\n")
-    return _submitted(job, native, arguments.json)
+    return _submitted(job, run_dir, native, arguments.json)
+
+
+def _native(job: Job) -> tuple[str, str]:
+    """The job in the language of what takes it, and what the file is called."""
+    if isinstance(job.launch, KubernetesLaunch):
+        return "job.yaml", to_yaml(manifest(job))
+    return "job.sh", local_script(job) if isinstance(job.launch, LocalLaunch) else slurm_script([job])
+
+
+def _start(job: Job, file: Path) -> str:
+    """Returns its native id."""
+    if isinstance(job.launch, KubernetesLaunch):
+        return str(kubernetes.submit(manifest(job), job.launch.context))
+    return local.start(file) if isinstance(job.launch, LocalLaunch) else slurm.sbatch(file.read_text(encoding="utf-8"))
 
 
 def _check_free(run_dir: Path) -> None:
@@ -188,13 +205,15 @@ def _finished(run_dir: Path, config: StageConfig, result: dict[str, Any], as_jso
     return 0
 
 
-def _submitted(job: Job, native: str, as_json: bool) -> int:
-    shown = os.path.relpath(job.run_dir)
+def _submitted(job: Job, run_dir: Path, native: str, as_json: bool) -> int:
+    in_pods = isinstance(job.launch, KubernetesLaunch)
+    log = job.run_dir / "attempts" if in_pods else job.run_dir / "launch" / "job.log"
     if as_json:
-        place = {"run": str(job.run_dir), "id": job.run_id, "launch": job.launch.name, "job": native}
-        return _print(place | {"log": str(job.run_dir / "launch" / "job.log")}, True)
+        place = {"run": str(run_dir), "id": job.run_id, "launch": job.launch.name, "job": native}
+        return _print(place | {"log": str(log)}, True)
+    shown = os.path.relpath(run_dir)
     print(f"submitted {job.run_id}: {job.launch.name} job {native}")
-    print(f"  log: {shown}/launch/job.log, then {shown}/attempts/")
+    print(f"  log: {log} on the volume" if in_pods else f"  log: {shown}/launch/job.log, then {shown}/attempts/")
     for command in ("status", "logs -f", "cancel"):
         verb, *flags = command.split()
         print(f"  llmscale {' '.join([verb, shown, *flags])}")
@@ -207,16 +226,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, fix=f"Write {usage}.")
 
 
+def _keys(kind: type[LaunchConfig]) -> str:
+    lines = [f"  launch.{name:<18} {comment}".rstrip() for name, comment in comments(kind).items() if name != "name"]
+    return "\n".join([f"keys of launch={kind.name}:", *lines])
+
+
 def _parser(verb: str = "submit", text: str | None = None) -> argparse.ArgumentParser:
-    keys = "\n".join(
-        f"  launch.{name:<18} {comment}" for name, comment in comments(SlurmLaunch).items() if name != "name"
-    )
     first = "STAGE" if verb == "submit" else "RUN"
     parser = _Parser(
         prog=f"llmscale {verb}",
         description=text
-        or "STAGE and its overrides are those of `llmscale STAGE`; launch=local|slurm says where it runs.",
-        epilog=f"keys of launch=slurm (launch=local has the first two):\n{keys}",
+        or "STAGE and its overrides are those of `llmscale STAGE`; launch=local|slurm|kubernetes says where it runs.",
+        epilog="\n\n".join(_keys(kind) for kind in (LocalLaunch, SlurmLaunch, KubernetesLaunch)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -224,7 +245,7 @@ def _parser(verb: str = "submit", text: str | None = None) -> argparse.ArgumentP
         "words", nargs="*", metavar=f"{first} path=value", help="launch=NAME, launch.key=value, and the stage's"
     )
     parser.add_argument(
-        "--print", action="store_true", help="print the job's script, for sbatch or bash, and do nothing"
+        "--print", action="store_true", help="print the job, for sbatch, kubectl apply -f - or bash, and do nothing"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
