@@ -97,9 +97,10 @@ class Threads(WorkerPool):
                 if not busy:
                     self._catch_up(i)
 
-        def wait() -> None:
+        def wait() -> list[int]:
             with self.changed:
                 assert self.changed.wait_for(lambda: all(w.version >= args[0] for w in self.workers), PATIENCE_S)
+            return [0] * self.num_workers
 
         return SimpleNamespace(wait=wait)
 
