@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for pid, command in left.items():
         if reporter is not None:
             reporter.write_line(f"left behind by the tests: {pid} {command[:150]}", red=True)
-        os.kill(pid, 9)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, 9)
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
