@@ -64,12 +64,18 @@ class CheckpointError(LlmscaleError):
     """No checkpoint could be written or read."""
 
 
+class DiskFullError(CheckpointError):
+    """No space is left on the disk of a run."""
+
+
 class NumericsError(LlmscaleError):
     """A number that must be finite, or two numbers that must agree, are not."""
 
 
 class WeightMismatchError(LlmscaleError):
-    """The weights that a rollout worker holds are not those that the policy published."""
+    """The weights that a rollout worker holds are not those that the policy published. They can be published again."""
+
+    cause = "damaged"
 
 
 class ClusterError(LlmscaleError):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,6 +72,21 @@ def vllm_installed() -> None:
         pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", mount], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+    yield mount
+    # Lazily: the traceback of a failed torch.save may still hold its file open.
+    subprocess.run(["umount", "--lazy", mount], check=True)
+
+
 def _parent(entry: Path) -> int:
     return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
 
@@ -120,7 +138,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for pid, command in left.items():
         if reporter is not None:
             reporter.write_line(f"left behind by the tests: {pid} {command[:150]}", red=True)
-        os.kill(pid, 9)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, 9)
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

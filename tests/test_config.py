@@ -353,6 +353,8 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
         ("rlhf", ["chaos=all"], "chaos"),
         ("rlhf", ["cluster=ray", "chaos=faults", "chaos.kill=[polcy]"], "chaos.kill"),
         ("rlhf", ["cluster=ray", "chaos=faults", "chaos.every_s=0"], "chaos.every_s"),
+        ("rlhf", ["cluster=ray", "chaos=faults", "chaos.cut=[rollout]"], "chaos.cut"),
+        ("rlhf", ["cluster=ray", "chaos=faults", "chaos.fill=true", "run.dir=/dev/shm"], "chaos.fill"),
         ("rlhf", ["rollout.top_p=0.9"], "rollout"),
         ("rlhf", ["rollout.top_k=5"], "rollout"),
         ("rlhf", ["training.keep_checkpoints=0"], "training.keep_checkpoints"),

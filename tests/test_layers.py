@@ -22,6 +22,7 @@ ROWS = [
         "protocols",
         "functional",
         "phases",
+        "disk",
         "steps",
         "distributed",
         "tracking",

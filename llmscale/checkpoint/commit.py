@@ -35,7 +35,8 @@ from llmscale.checkpoint.manifest import (
     verify,
 )
 from llmscale.checkpoint.task import Task
-from llmscale.errors import CheckpointError, LlmscaleError
+from llmscale.disk import is_full
+from llmscale.errors import CheckpointError, DiskFullError, LlmscaleError
 
 LATEST = "latest"
 PINNED = ".pinned"  # a file in the checkpoint: it is never removed
@@ -116,7 +117,8 @@ class CheckpointStore:
             raise error  # anything else than a failed write is a fault of ours and stays as it is
         # torch.save reports a full disk as a RuntimeError, so the free space has to tell.
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(
+        kind = DiskFullError if is_full(error) else CheckpointError
+        raise kind(
             f"cannot write the checkpoint of step {step}: {reason} ({free} bytes were free)",
             where=str(self.directory),
             fix="Make the directory writable or free some space; earlier checkpoints are untouched.",
@@ -166,7 +168,7 @@ class CheckpointStore:
         needed = before if expected_bytes is None else expected_bytes
         free = shutil.disk_usage(self.directory).free
         if needed > free:
-            raise CheckpointError(
+            raise DiskFullError(
                 f"a checkpoint needs about {needed} bytes and {free} bytes are free",
                 where=str(self.directory),
                 fix="Free some space; the checkpoints that are there are untouched.",

@@ -40,7 +40,7 @@ class RunState:
         states = {name: component.state_dict() for name, component in self._components.items()}
         for name, state in states.items():
             _check(state, name)
-        return lambda path: torch.save(states, path / FILE)
+        return lambda path: _write(states, path / FILE)
 
     def load(self, path: Path) -> None:
         """Give each component its state from `path`/state.pt, tensors on the CPU.
@@ -60,6 +60,11 @@ class RunState:
             )
         for name, component in self._components.items():
             component.load_state_dict(states[name])
+
+
+def _write(states: dict[str, State], file: Path) -> None:
+    with file.open("wb") as opened:  # given a path, torch does not tell why it cannot write
+        torch.save(states, opened)
 
 
 def read_states(path: Path) -> dict[str, State]:

@@ -49,6 +49,8 @@ class Meeting:
 class Broadcast:
     """`llmscale.cluster.transports.Carrier`: one member of the group."""
 
+    keeps = False
+
     def __init__(self, cluster: ClusterConfig):
         self.timeout = timedelta(seconds=cluster.collective_timeout_s)
         self.device = distributed.device() if cluster.on_gpus else torch.device("cpu")

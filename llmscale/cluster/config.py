@@ -12,6 +12,8 @@ RLHF_ROLES = ("policy", "critic", "reference", "reward", "rollout")
 
 COLOCATABLE = ("policy", "critic", "reference", "rollout")
 
+OF_WORKERS = ("kill", "stop", "delay", "cut")  # faults that hit the worker of a role
+
 
 class Backend(Enum):
     local = "local"  # everything in this process: for debugging, and for one small device
@@ -59,19 +61,24 @@ class ChaosConfig:
     kill: list[str] = field(default_factory=list)  # roles one of whose workers is killed
     stop: list[str] = field(default_factory=list)  # or stopped for good, as if it hung
     delay: list[str] = field(default_factory=list)  # or stopped for a while
-    delay_s: float = 5.0
+    cut: list[str] = field(default_factory=list)  # or whose host is cut off from all others for a while
+    corrupt: bool = (
+        False  # one bit of the next weights is flipped in a rollout worker's memory, before it takes them up
+    )
+    fill: bool = False  # the disk of the run directory is full for a while
+    delay_s: float = 5.0  # how long "a while" is; of a cut it may be for good
 
     def of(self, roles: Collection[str]) -> list[tuple[str, str]]:
         """(action, role) of all that may happen to a run with these roles."""
-        return [
-            (action, role) for action in ("kill", "stop", "delay") for role in getattr(self, action) if role in roles
-        ]
+        hit = [(action, role) for action in OF_WORKERS for role in getattr(self, action) if role in roles]
+        corrupt = [("corrupt", "rollout")] if self.corrupt and "rollout" in roles else []
+        return [*hit, *corrupt, *([("fill", "")] if self.fill else [])]
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, seed=0, delay_s=0)
         if self.every_s <= 0:
             yield "every_s", f"must be above 0, is {self.every_s}", "60 is one fault a minute."
-        for action in ("kill", "stop", "delay"):
+        for action in OF_WORKERS:
             for role in getattr(self, action):
                 if role not in RLHF_ROLES:
                     yield action, f"there is no role {role!r}", f"Choose among {', '.join(RLHF_ROLES)}."

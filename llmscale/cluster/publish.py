@@ -12,8 +12,9 @@ from typing import Any
 from llmscale.checkpoint.durable import atomic_write_text
 from llmscale.cluster.broadcast import SEE_LOGS, Meetings
 from llmscale.cluster.config import ClusterConfig, Transport
-from llmscale.cluster.pool import Pending, WorkerPool
+from llmscale.cluster.pool import Event, Pending, WorkerPool
 from llmscale.cluster.transports import new_carrier
+from llmscale.disk import patiently
 from llmscale.errors import WorkerLostError
 
 BUCKET_BYTES = 256 << 20  # of gathered weights held at once
@@ -28,14 +29,16 @@ class VersionCounter:
 
     def next(self) -> int:
         self.value += 1
-        atomic_write_text(self.path, f"{self.value}\n")
+        patiently(lambda: atomic_write_text(self.path, f"{self.value}\n"), self.path.parent)
         return self.value
 
 
 class Publisher:
     """The driver's part: it numbers the versions and sees that each is held by every rollout worker, by one call to each."""
 
-    def __init__(self, cluster: ClusterConfig, run_dir: Path):
+    def __init__(self, cluster: ClusterConfig, run_dir: Path, event: Event = lambda kind, **details: None):
+        """`event` is told of weights that had to be fetched again."""
+        self.run_dir, self.event = run_dir, event
         self.versions = VersionCounter(run_dir / "weight_version")
         self.carrier = new_carrier(cluster, run_dir)
         self.meetings = Meetings(cluster) if cluster.carried_by is Transport.broadcast else None
@@ -53,7 +56,8 @@ class Publisher:
         that is to take another's place takes it first.
 
         `send(version, meeting)` and `load(version, parcel)` are the methods of the workers, as in
-        `llmscale.cluster.transports.Carrier`; `sent` is called between them, unless they run at the same time.
+        `llmscale.cluster.transports.Carrier` and `llmscale.cluster.intake.Intake`; `sent` is called between them, unless they
+        run at the same time.
 
         Raises: WorkerLostError naming who is gone or too slow, where both ends are at work at the same time.
         """
@@ -63,7 +67,7 @@ class Publisher:
                 calls = policy.call(send, version, meeting), rollout.call(load, version, meeting)
                 self._wait(version, rollout.num_workers, *calls)
         else:
-            parcel = policy.call(send, version, None).wait()[0]
+            parcel = patiently(lambda: policy.call(send, version, None).wait()[0], self.run_dir, self._waited)
             sent()
             self.loading.append((version, rollout.install(load, version, parcel)))
         return version
@@ -71,17 +75,22 @@ class Publisher:
     def wait(self, at_most: int = 0) -> None:
         """Until no more than so many versions are on their way.
 
-        Raises: WeightMismatchError when what arrived is not what was sent.
+        Raises: WeightMismatchError when what arrived is not what was sent, time and again.
         """
         while len(self.loading) > at_most:
             version, loaded = self.loading.popleft()
-            loaded.wait()
+            for rank, times in enumerate(loaded.wait()):
+                if times:
+                    self.event("weights_damaged", where=f"rollout {rank}", version=version, fetched_again=times)
             self.carrier.clear(version)
 
     def close(self) -> None:
         """Nobody takes weights any more."""
         self.wait()
         self.carrier.clear(self.versions.value + 1)
+
+    def _waited(self, seconds: float) -> None:
+        self.event("disk_full", at="publish", seconds=seconds)
 
     def _wait(self, version: int, num_receivers: int, *calls: Pending) -> None:
         """For calls that wait for each other: the first failure of any, or of those that follow from it the one that knows

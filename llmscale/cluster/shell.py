@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,11 @@ class Shell:
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
-        print(
-            f"rank {place.rank} of {place.size} on {socket.gethostname()} ({node}), pid {os.getpid()}",
-            flush=True,
-        )
+        with suppress(OSError):  # a disk that is full costs this line, not the worker
+            print(
+                f"rank {place.rank} of {place.size} on {socket.gethostname()} ({node}), pid {os.getpid()}",
+                flush=True,
+            )
         import torch
 
         from llmscale.distributed import explaining_losses

@@ -38,6 +38,8 @@ Buckets = Iterable[Mapping[str, Tensor]]  # gathered; empty ones on ranks that r
 class Carrier(Protocol):
     """Both ends of a way; each worker has one of its own, and so has the driver, to clear up."""
 
+    keeps: bool  # what was sent, so that it can be received again
+
     def send(self, version: int, buckets: Buckets, dtype: torch.dtype, meeting: Any = None) -> Any:
         """On every rank of the policy. `meeting` is where receivers are met, where both ends have to be at work at the same
         time; else the first rank returns what they need to find the weights afterwards."""
@@ -55,6 +57,8 @@ class Carrier(Protocol):
 class Direct:
     """From hand to hand, in one process."""
 
+    keeps = True
+
     def send(self, version: int, buckets: Buckets, dtype: torch.dtype, meeting: None = None) -> list[WeightBucket]:
         return list(map(partial(pack, dtype=dtype), filter(None, buckets)))  # map keeps no bucket for longer
 
@@ -66,6 +70,8 @@ class Direct:
 
 class ObjectStore:
     """Ray's: numpy arrays there are shared memory, read without a copy by every worker of a host."""
+
+    keeps = True
 
     def send(self, version: int, buckets: Buckets, dtype: torch.dtype, meeting: None = None) -> list[Any]:
         import ray
@@ -83,6 +89,8 @@ class ObjectStore:
 
 class Files:
     """Safetensors files, one a bucket, in a folder that every host sees; receivers map them into memory."""
+
+    keeps = True
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -37,7 +37,7 @@ class Ledger:
     """`write` takes the records of ends in order. `open` has the draws that are begun and have not ended, with the updates done
     when each began."""
 
-    def __init__(self, write: Callable[[Sequence[Mapping[str, Any]]], None]):
+    def __init__(self, write: Callable[[Sequence[Mapping[str, Any]]], object]):
         self.write = write
         self.num_draws = 0  # begun so far; a draw's number is its id
         self.open: dict[int, int] = {}

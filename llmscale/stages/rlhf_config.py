@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from llmscale.cluster import faults
 from llmscale.cluster.config import ChaosConfig
 from llmscale.cluster.placement import shared
 from llmscale.config import STAGE, Problem, at_least, option
@@ -155,8 +156,7 @@ class RlhfConfig(TrainedConfig):
         yield from sampling_problems(self)
         if self.record and self.replays:
             yield "record", "there is nothing new to record in what is replayed", "Leave it out."
-        if self.chaos is not None and self.cluster.one_process:
-            yield "chaos", "there are no workers but the driver itself", "Add cluster=ray or cluster=laptop."
+        yield from self._unfit_chaos()
         if self.training.max_staleness and self.replays:
             yield "training.max_staleness", "nothing is sampled that could be ahead of the updates", "Leave it at 0."
         if self.training.max_staleness and self.colocated:
@@ -179,6 +179,20 @@ class RlhfConfig(TrainedConfig):
                 if getattr(self.cluster, role).num_workers > 1:
                     what = "several workers cannot share engine=single"
                     yield f"cluster.{role}.num_workers", what, "Add engine=deepspeed."
+
+    def _unfit_chaos(self) -> Iterator[Problem]:
+        if self.chaos is None:
+            return
+        if self.cluster.one_process:
+            yield "chaos", "there are no workers but the driver itself", "Add cluster=ray or cluster=laptop."
+        if self.chaos.cut and self.cluster.address is None:
+            what = "every worker is on this machine, and there is no link between them"
+            yield "chaos.cut", what, "Name a running Ray of several hosts: cluster.address."
+        elif self.chaos.cut and (why := faults.cannot_cut()):
+            yield "chaos.cut", why, "Leave it out, or run this where it may change the network, on every host."
+        if self.chaos.fill and (why := faults.cannot_fill(self.run_dir)):
+            what = "Leave it out, or give the run a small disk of its own: run.dir, on a tmpfs with a size, for one."
+            yield "chaos.fill", why, what
 
 
 def completion_tokens(rollout: RolloutConfig, environment: EnvironmentConfig | None) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmscale.batch import Prompt, Trajectory
 from llmscale.checkpoint.commit import Checkpoint, CheckpointStore
@@ -19,6 +19,7 @@ from llmscale.cluster.publish import Publisher
 from llmscale.config import build, to_dict
 from llmscale.data.chat import CUT, ChatRenderer, Message
 from llmscale.data.splits import load_prompts
+from llmscale.disk import patiently
 from llmscale.errors import ConfigError, LlmscaleError, Requeue
 from llmscale.models.adapters import FrozenBase, adapted
 from llmscale.models.loading import load_language_model, load_tokenizer, num_parameters, saved_context_length
@@ -43,6 +44,7 @@ from llmscale.training.stop import signals
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+T = TypeVar("T")
 TRAINED = {"policy": PolicyRole, "critic": CriticRole}
 
 
@@ -106,7 +108,7 @@ class RlhfRun:
 
     def train_on(self, pools: Mapping[str, WorkerPool], checkpoint: Checkpoint | None) -> None:
         training = self.config.training
-        publisher = Publisher(self.config.cluster, self.directory.path)
+        publisher = Publisher(self.config.cluster, self.directory.path, self.tracker.event)
         ledger = Ledger(self.draws.append)
         rlhf = Rlhf(self.config, self.prompts, pools, publisher, self.tracker.event, self.record, ledger, self.replay)
         state = RunState()
@@ -139,7 +141,8 @@ class RlhfRun:
             if file is not None:
                 file.close()
         rlhf.shifts.of_training()
-        pools["policy"].call(PolicyRole.export, str(self.directory.path.resolve())).wait()
+        run_dir = str(self.directory.path.resolve())
+        self.patiently("export", lambda: pools["policy"].call(PolicyRole.export, run_dir).wait())
 
     def look_for_overoptimisation(self) -> str | None:
         """One line, where there is a true score; the numbers are in an event and in overoptimisation.md."""
@@ -169,9 +172,13 @@ class RlhfRun:
         for file in (self.draws, self.recording):
             if file is not None:
                 file.sync()  # who resumes from this checkpoint counts on every step before it
-        path = self.store.save(rlhf.step, write)
+        path = self.patiently("checkpoint", lambda: self.store.save(rlhf.step, write))
         seconds = round(time.perf_counter() - started, 3)
         self.tracker.event("checkpoint", step=rlhf.step, path=str(path), seconds=seconds)
+
+    def patiently(self, what: str, write: Callable[[], T]) -> T:
+        told = lambda seconds: self.tracker.event("disk_full", at=what, seconds=seconds)  # noqa: E731
+        return patiently(write, self.directory.path, told)
 
     def restore(self, rlhf: Rlhf, state: RunState, checkpoint: Checkpoint) -> None:
         state.load(checkpoint.path)
@@ -198,7 +205,8 @@ class RlhfRun:
         if self.config.chaos is None:
             return nullcontext()
         past = sum(event["kind"] == "chaos" for event in iter_jsonl(self.directory.path / EVENTS))
-        context: AbstractContextManager[None] = build(self.config.chaos, pools, past, self.tracker.event)
+        arguments = (pools, past, self.tracker.event, self.directory.path)
+        context: AbstractContextManager[None] = build(self.config.chaos, *arguments)
         return context
 
     def open_tracker(self, checkpoint: Checkpoint | None) -> Tracker:

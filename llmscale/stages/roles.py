@@ -19,6 +19,7 @@ from llmscale import distributed
 from llmscale.batch import Batch, Layout, Trajectory, prompt_branches
 from llmscale.checkpoint.durable import fsync_tree
 from llmscale.checkpoint.run_directory import RunDirectory
+from llmscale.cluster.intake import Intake
 from llmscale.cluster.placement import shared
 from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.cluster.publish import BUCKET_BYTES
@@ -26,6 +27,7 @@ from llmscale.cluster.transports import new_carrier
 from llmscale.config import build, load
 from llmscale.data.batching import TokenBudget
 from llmscale.data.chat import ChatRenderer
+from llmscale.disk import explaining_full
 from llmscale.engine.config import DeepSpeedConfig, Precision
 from llmscale.engine.frozen import FrozenEngine
 from llmscale.models.adapters import adapted, merged
@@ -104,8 +106,9 @@ class TrainedRole(Colocatable):
         return metrics
 
     def save(self, directory: str) -> Digests:
-        digests = self.engine.snapshot()(Path(directory))
-        fsync_tree(Path(directory))  # by the host that wrote it
+        with explaining_full(Path(directory)):
+            digests = self.engine.snapshot()(Path(directory))
+            fsync_tree(Path(directory))  # by the host that wrote it
         return digests
 
     def load(self, directory: str) -> None:
@@ -113,7 +116,8 @@ class TrainedRole(Colocatable):
 
     def export(self, run_dir: str) -> None:
         """Collective: write the model."""
-        write_model(self.engine, self.config, Path(run_dir), self.tokenizer)
+        with explaining_full(Path(run_dir)):
+            write_model(self.engine, self.config, Path(run_dir), self.tokenizer)
 
     def _total_steps(self) -> int:
         training, algorithm = self.config.training, self.config.algorithm
@@ -155,7 +159,8 @@ class PolicyRole(TrainedRole):
         buckets = self.engine.full_parameters(BUCKET_BYTES, trained_only=adapter_alone)
         whole = buckets if adapter_alone else merged(self.model, buckets)
         try:
-            return self.carrier.send(version, whole, torch_dtype(self.config), meeting)
+            with explaining_full(self.config.run_dir):
+                return self.carrier.send(version, whole, torch_dtype(self.config), meeting)
         finally:
             deque(buckets, maxlen=0)  # the other ranks gather to the end, whatever happened to what was gathered
 
@@ -212,7 +217,7 @@ class RewardRole:
         return Score(None, why=why), None if self.true_reward is None else Score(None, why=why)
 
 
-class RolloutRole(Colocatable):
+class RolloutRole(Colocatable, Intake):
     engine: RolloutEngine
 
     def __init__(self, config_file: str):
@@ -245,9 +250,6 @@ class RolloutRole(Colocatable):
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         assert not self.asleep, "it is the shift of others"
         return self.engine.generate(requests)
-
-    def load_weights(self, version: int, parcel: Any) -> None:
-        self.engine.load_weights(version, self.carrier.receive(version, parcel))
 
 
 ROLES = {

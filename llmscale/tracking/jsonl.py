@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmscale.disk import patiently
 from llmscale.errors import DataError, RunError
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
@@ -47,18 +48,22 @@ class JsonlTracker:
             self.event("records_cut", resume_step=resume_step, metrics=dropped[METRICS], samples=dropped[SAMPLES])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._files[METRICS].append([{"step": step, "time_s": _now_s(), **metrics}])
+        self._append(METRICS, [{"step": step, "time_s": _now_s(), **metrics}])
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        self._files[SAMPLES].append({"step": step, "time_s": _now_s(), **record} for record in records)
+        self._append(SAMPLES, [{"step": step, "time_s": _now_s(), **record} for record in records])
 
     def event(self, kind: str, **details: Any) -> None:
-        self._files[EVENTS].append([{"time_s": _now_s(), "kind": kind, **details}])
+        self._append(EVENTS, [{"time_s": _now_s(), "kind": kind, **details}])
 
     def finish(self, status: str) -> None:
         self.event("finished", status=status)
         for file in self._files.values():
             file.close()
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        if waited_s := self._files[name].append(records):
+            self.event("disk_full", at=name, seconds=waited_s)
 
 
 class RecordFile:
@@ -75,19 +80,23 @@ class RecordFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.num_dropped = _cut(path, is_kept)  # whole records
-            # A lone surrogate in decoded text becomes its \u escape, which is what JSON wants.
-            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+            self._file = path.open("ab", buffering=0)
+            self._pending = b""  # what a full disk did not take yet
         except OSError as error:
             raise self._not_writable(error) from error
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        lines = "".join(_to_line(record) for record in records)
+    def append(self, records: Iterable[Mapping[str, Any]]) -> float:
+        """Returns how many seconds it had to wait for space on the disk."""
+        # A lone surrogate in decoded text becomes its \u escape, which is what JSON wants.
+        lines = "".join(_to_line(record) for record in records).encode("utf-8", "backslashreplace")
+        waited = [0.0]
         try:
             with self._lock:
-                self._file.write(lines)
-                self._file.flush()
+                self._pending += lines
+                patiently(self._write, self.path.parent, waited.append)
         except OSError as error:
             raise self._not_writable(error) from error
+        return waited[-1]
 
     def sync(self) -> None:
         try:
@@ -99,6 +108,11 @@ class RecordFile:
         if not self._file.closed:
             self.sync()
             self._file.close()
+
+    def _write(self) -> None:
+        """It goes on where it was when the disk was full."""
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def _not_writable(self, error: OSError) -> RunError:
         fix = "Free some space or choose another run directory; the same command then resumes."

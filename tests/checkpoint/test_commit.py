@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -345,21 +345,6 @@ def test_an_unwritable_directory_is_named(tmp_path: Path, parent: str):
     with pytest.raises(CheckpointError, match="cannot write the checkpoint of step 1") as caught:
         saved(directory, 1)
     assert str(directory) in str(caught.value)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", mount], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
-    yield mount
-    # Lazily: the traceback of a failed torch.save may still hold its file open.
-    subprocess.run(["umount", "--lazy", mount], check=True)
 
 
 def save(store: CheckpointStore, step: int, write: Callable[[Path], None], way: str) -> None:

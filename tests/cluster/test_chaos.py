@@ -20,3 +20,10 @@ def test_the_schedule_is_a_function_of_the_seed_and_goes_on_where_it_was() -> No
     other = ChaosConfig(seed=1, kill=["rollout", "critic"], delay=["reward"], every_s=10.0)
     assert list(islice(schedule(other, ["reward", "rollout"]), 400)) != plan
     assert list(schedule(config, ["policy"])) == []
+
+
+def test_what_hits_no_worker_needs_no_role() -> None:
+    config = ChaosConfig(cut=["rollout"], corrupt=True, fill=True)
+    roles = {"policy": {("fill", "")}, "rollout": {("cut", "rollout"), ("corrupt", "rollout"), ("fill", "")}}
+    for role, found in roles.items():
+        assert {(p.action, p.role) for p in islice(schedule(config, [role]), 100)} == found

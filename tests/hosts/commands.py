@@ -16,6 +16,7 @@ from tests.stages.runs import DEADLINE_S, TINY, records
 from tests.stages.test_on_ray import weight_difference
 
 Drive = Callable[[str], subprocess.Popen]  # starts a driver's command on node1, where Ray runs over all hosts
+Join = Callable[..., None]  # starts Ray on these hosts
 NUM_STEPS = 40
 SHORT = ["training.save_every_steps=10", "training.eval_every_steps=20", "tracking.wandb=disabled"]
 

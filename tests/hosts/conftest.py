@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.commands import Drive, documented, driver_log, exit_codes, tiny, wait_for
+from tests.hosts.commands import Drive, Join, documented, driver_log, exit_codes, tiny, wait_for
 from tests.hosts.network import Host, lacking, network
 from tests.stages.conftest import chain  # noqa: F401  a fixture
 
@@ -45,21 +45,33 @@ def one_host(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def drive(hosts: Sequence[Host]) -> Drive:
-    """Starts a driver's command on node1, while Ray runs over all hosts."""
-    by_name = {host.name: host for host in hosts}
-    token, *nodes = documented("Ray")[:4]
-    folder = hosts[0].folder
-    assert exit_codes([by_name["node1"].start(token[1], folder / "token.log")]) == [0]
-    assert (folder / "ray-token").stat().st_mode & 0o077 == 0
+def join(hosts: Sequence[Host]) -> Join:
+    """Starts Ray on hosts, each by its own command, and waits until all are up; node1 has the head."""
+    commands = {name: command for (name,), command in documented("Ray")[1:4]}
     eager = {f"RAY_health_check_{name}": value for name, value in HEALTH.items()}
-    logs = [folder / f"ray-{name}.log" for (name,), _ in nodes]
-    started = [by_name[name].start(command, log, **eager) for ((name,), command), log in zip(nodes, logs, strict=True)]
-    for log in logs:
-        wait_for(lambda log=log: "will now block" in log.read_text(), started, log)
+
+    def join(*joining: Host) -> None:
+        logs = [host.folder / f"ray-{host.name}.log" for host in joining]
+        for log in logs:
+            log.unlink(missing_ok=True)
+        started = [h.start(commands[h.name], log, **eager) for h, log in zip(joining, logs, strict=True)]
+        for log in logs:
+            wait_for(lambda log=log: "will now block" in log.read_text(), started, log)
+
+    return join
+
+
+@pytest.fixture(scope="module")
+def drive(hosts: Sequence[Host], join: Join) -> Drive:
+    """Starts a driver's command on node1, while Ray runs over all hosts."""
+    token = documented("Ray")[0][1]
+    first, folder = hosts[0], hosts[0].folder
+    assert exit_codes([first.start(token, folder / "token.log")]) == [0]
+    assert (folder / "ray-token").stat().st_mode & 0o077 == 0
+    join(*hosts)
 
     def drive(command: str) -> subprocess.Popen:
         driver_log(hosts).unlink(missing_ok=True)
-        return by_name["node1"].start(command, driver_log(hosts))
+        return first.start(command, driver_log(hosts))
 
     return drive

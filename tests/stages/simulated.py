@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
+from llmscale.checkpoint.durable import commit_directory
 from llmscale.checkpoint.run_state import RunState
 from llmscale.cluster.local import Done
 from llmscale.cluster.pool import WorkerPool
@@ -97,9 +98,10 @@ class Threads(WorkerPool):
                 if not busy:
                     self._catch_up(i)
 
-        def wait() -> None:
+        def wait() -> list[int]:
             with self.changed:
                 assert self.changed.wait_for(lambda: all(w.version >= args[0] for w in self.workers), PATIENCE_S)
+            return [0] * self.num_workers
 
         return SimpleNamespace(wait=wait)
 
@@ -150,12 +152,11 @@ class Policy:
     num_workers = 1
     members = ("policy",)
 
-    def __init__(self, pause: Callable[[], None], driver_dies: Callable[[], bool]):
-        self.pause, self.driver_dies = pause, driver_dies
+    def __init__(self, pause: Callable[[], None], moment: Callable[[], None]):
+        self.pause, self.moment = pause, moment
 
     def call(self, method: Callable[..., Any], *args: Any) -> Done:
-        if self.driver_dies():
-            raise Killed
+        self.moment()
         if method.__name__ == "publish":
             return Done([[]])
         self.pause()
@@ -175,9 +176,13 @@ def configured(*overrides: str) -> RlhfConfig:
 
 class Simulation:
     """A run of a random schedule in `folder`: `attempt` until one comes to the end. `trained` has (step, draw, weight versions)
-    of every sample that steps before the last checkpoint, and those since, have learned from."""
+    of every sample that steps before the last checkpoint, and those since, have learned from.
 
-    def __init__(self, folder: Path, seed: int, bound: int, *overrides: str):
+    `kills`: at which moment the driver is killed, of one attempt after another; the last one comes to the end. Moments are
+    before each call of the policy, before a record of draws, in the middle of it and after it, before a checkpoint, in the
+    middle of it and after it."""
+
+    def __init__(self, folder: Path, seed: int, bound: int, *overrides: str, kills: Sequence[int] | None = None):
         self.folder, self.random, self.bound = folder, random.Random(seed), bound
         self.config = configured(f"training.max_staleness={bound}", *overrides)
         self.made_at = {0: 0}  # version -> updates, as the policy knows it
@@ -185,17 +190,19 @@ class Simulation:
         self.saved: int | None = None  # the step of the last checkpoint
         self.longest_s = {who: self.random.choice([0.0, 0.0005, 0.002]) for who in ("rollout", "reward", "policy")}
         self.death_rate = self.random.choice([0.0, 0.1, 0.3])
+        some = [self.random.randint(1, 60) for _ in range(self.random.randint(0, 3))]
+        self.kills = list(some if kills is None else kills)
+        self.left = 0  # moments until the driver is killed; 0: never
 
     def run(self) -> None:
-        kills = self.random.randint(0, 3)
-        while not self.attempt(can_be_killed=kills > 0):
-            kills -= 1
+        while not self.attempt():
+            pass
 
-    def attempt(self, can_be_killed: bool) -> bool:
+    def attempt(self) -> bool:
         """Whether it came to the end."""
-        rate = 0.08 if can_be_killed else 0.0
+        self.left = self.kills.pop(0) if self.kills else 0
         dies = lambda: self.random.random() < self.death_rate  # noqa: E731
-        pools: dict[str, Any] = {"policy": Policy(self.pause("policy"), lambda: self.random.random() < rate)}
+        pools: dict[str, Any] = {"policy": Policy(self.pause("policy"), self.moment)}
         pools["rollout"] = Threads(Sampler, self.random.randint(1, 4), self.pause("rollout"), dies)
         pools["reward"] = Threads(Judge, self.random.randint(1, 2), self.pause("reward"), dies)
         last = self.saved or 0
@@ -212,7 +219,7 @@ class Simulation:
         return True
 
     def train(self, pools: dict[str, Any], draws: RecordFile) -> None:
-        ledger = Ledger(draws.append)
+        ledger = Ledger(lambda records: self.append(draws, records))
         publisher = Publisher(self.config.cluster, self.folder)
         rlhf = Rlhf(self.config, PROMPTS, pools, publisher, lambda *a, **k: None, lambda *a: None, ledger)
         state = RunState()
@@ -220,7 +227,7 @@ class Simulation:
         state.register("ledger", ledger)
         state.register("generation", rlhf.generation)
         if self.saved is not None:
-            state.load(self.folder)
+            state.load(self.checkpoint)
             rlhf.publish()
             self.made_at[rlhf.weights] = rlhf.step
             rlhf.resume()
@@ -231,9 +238,33 @@ class Simulation:
             own = [(s.trajectory, s.trajectory.weight_versions[s.trajectory.loss_mask]) for s in scored]
             self.trained += [(at + 1, t.draw_id, set(versions.tolist())) for t, versions in own]
             if self.random.random() < 0.4:
-                state.save(self.folder)
+                self.moment()
+                commit_directory(self.checkpoint, lambda directory: self.write(state, directory))
                 self.saved = rlhf.step
+                self.moment()
         rlhf.close()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def write(self, state: RunState, directory: Path) -> None:
+        state.save(directory)
+        self.moment()
+
+    def append(self, draws: RecordFile, records: Sequence[Any]) -> None:
+        self.moment()
+        if self.left == 1:  # half a line has reached the file
+            with draws.path.open("a") as file:
+                file.write('{"step": 1, "draw_')
+        self.moment()
+        draws.append(records)
+        self.moment()
+
+    def moment(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
 
     def pause(self, who: str) -> Callable[[], None]:
         return lambda: time.sleep(self.random.random() * self.longest_s[who])

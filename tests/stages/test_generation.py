@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from llmscale.stages.inspection import account
 from tests.stages.runs import records
 from tests.stages.simulated import PROMPTS, Simulation
 
@@ -43,6 +47,22 @@ def test_every_draw_ends_once_and_none_is_too_old(bound: int, overrides: list[st
         if not overrides:
             assert len(final) == 9 * 3 and trained == sorted(trained), "the oldest first, and no more than are needed"
     assert max(oldest) == bound, "what is allowed is made use of"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bound=st.integers(0, 4), seed=st.integers(0, 2**32 - 1), kills=st.lists(st.integers(1, 90), max_size=5))
+def test_wherever_the_driver_is_killed_the_account_adds_up(
+    bound: int, seed: int, kills: list[int], tmp_path: Path
+) -> None:
+    """Where an example fails, the kills that it needs are found: Hypothesis leaves out the others."""
+    with TemporaryDirectory(dir=tmp_path) as folder:
+        simulation = Simulation(Path(folder), seed, bound, kills=kills)
+        simulation.run()
+        found = account(records(Path(folder) / "draws.jsonl"))
+    assert found["wrong"] == [] and found["trained"] + found["dropped"] == found["ended"] == 9 * 3
+    assert max(ages(simulation)) <= bound and max(found["staleness"]) <= bound
+    trained = Counter(draw for _, draw, _ in simulation.trained)
+    assert set(trained.values()) == {2} and len(trained) == found["trained"], "each of its samples once"
 
 
 def test_what_is_trained_depends_on_no_schedule(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +138,32 @@ def test_a_sample_that_kills_is_left_out_and_a_reward_that_never_comes_ends_the_
         assert "the driver is in score" in warned["why"] and "reward 0 (pid " in warned["why"]
         assert "is at score, for" in ended["why"] and "; this run ends; " in ended["why"]
         assert ended["why"] in run.log.read_text()
+
+
+@pytest.mark.slow  # the parts are in tests/test_disk.py and tests/cluster/test_intake.py
+def test_damaged_weights_and_a_full_disk_change_nothing(
+    chain: Path, in_one_process: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """The run directory lies on a disk of its own, which is filled for seconds at a time."""
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    faults = [
+        "chaos=faults",
+        "chaos.seed=125",
+        "chaos.every_s=2",
+        "chaos.delay_s=3",
+        "chaos.corrupt=true",
+        "chaos.fill=true",
+    ]
+    with disturbed(chain, tmp_path, *faults, f"run.dir={small_disk}", "training.save_every_steps=2") as run:
+        run.run_dir = small_disk / "demo" / "rlhf"
+        run.finish()
+        assert_undisturbed(run.run_dir, in_one_process)
+        came = Counter(e["action"] for e in run.events("chaos"))
+        assert came["corrupt"] and came["fill"]
+        damaged, full = run.events("weights_damaged"), run.events("disk_full")
+        assert damaged and all(e["fetched_again"] == 1 for e in damaged) and len(damaged) <= came["corrupt"]
+        assert full and not run.events("worker_lost") and not run.events("resumed")
+        assert "no space is left on the disk" in run.log.read_text()
 
 
 CHAOS = ["chaos=all", "chaos.seed=11", "chaos.every_s=2", "chaos.delay_s=1", "cluster.max_restarts=20"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from llmscale.stages.inspection import inspect
 from tests.stages.runs import arguments, records, succeed
+from tests.stages.test_lost_roles import Disturbed
 
 pytestmark = pytest.mark.slow
 RULE = ["algorithm=grpo", "reward=function", "true_reward=null", "rollout.group_size=4", "training.prompts_per_step=8"]
@@ -34,3 +37,24 @@ def test_an_adapted_policy_learns_from_its_samples(policy: Path, tmp_path: Path)
     assert steps[-1]["kl/ref"] > 1e-4  # the weights have moved
     versions = [s["weight_versions"][-1] for s in records(run_dir / "samples.jsonl")]
     assert sorted(set(versions)) == [0, 1, 2]
+
+
+def test_a_killed_worker_is_replaced_and_the_account_adds_up(policy: Path, tmp_path: Path) -> None:
+    """The new one samples with the weights of the others: the trainer agrees with it at every step."""
+    (tmp_path / "rule.py").write_text("def variety(prompt, completion, fields): return len(set(completion)) / 10")
+    more = [f"reward.path={tmp_path}/rule.py:variety", "training.num_steps=40", "optim.lr=0.01", "optim.warmup_steps=0"]
+    vllm = ["rollout=vllm", "cluster=ray", "cluster.rollout.num_workers=2"]
+    run = Disturbed(arguments("rlhf", tmp_path, f"model.path={policy}", *RULE, *ON_RAY, *more, *vllm), tmp_path)
+    try:
+        run.until_step(3)
+        run.signal("rollout-0", signal.SIGKILL)
+        run.finish()
+    finally:
+        run.process.kill()
+        run.process.wait()
+    assert [(e["where"], e["cause"]) for e in run.events("worker_lost")] == [("rollout 0", "died")]
+    assert [e["where"] for e in run.events("worker_replaced")] == ["rollout 0"]
+    draws = inspect(run.run_dir)["draws"]
+    assert draws["wrong"] == [] and draws["trained"] + draws["dropped"] == draws["ended"] == 40 * 8
+    steps = [m for m in run.of("metrics") if "rollout/logprob_diff" in m]
+    assert len(steps) == 40 and all(m["rollout/logprob_diff"] < 1e-4 for m in steps)
