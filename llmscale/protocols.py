@@ -158,9 +158,9 @@ class RolloutEngine(Protocol):
         Raises: WeightMismatchError when these are older than a request allows."""
         ...
 
-    def interrupt(self) -> None:
-        """New weights are coming; called by another thread while `generate` runs. What it is about may come back
-        `interrupted`, to be continued by a request that has it as `begun`."""
+    def interrupt(self, version: int) -> None:
+        """Weights of this version are coming; called by another thread while `generate` runs, or later, when it changes
+        nothing. What `generate` is about may come back `interrupted`, to be continued by a request that has it as `begun`."""
         ...
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from llmscale.cluster.pool import Instead, WorkerPool
+from llmscale.cluster.pool import Instead, Rest, WorkerPool
 
 
 @dataclass
@@ -38,7 +38,17 @@ class LocalPool(WorkerPool):
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Done:
         return Done(method(self.worker, list(items)))
 
-    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Future[Any]:
+    def submit(
+        self, method: Callable[..., Any], *args: Any, instead: Instead | None = None, rest: Rest | None = None
+    ) -> Future[Any]:
+        given = [arg.result() if isinstance(arg, Future) else arg for arg in args]
+        result = method(self.worker, *given)
+        while rest is not None and (more := rest(*given, result)) is not None:
+            given = [more]
+            result = method(self.worker, *given)
         task: Future[Any] = Future()
-        task.set_result(method(self.worker, *(arg.result() if isinstance(arg, Future) else arg for arg in args)))
+        task.set_result(result)
         return task
+
+    def aside(self, method: Callable[..., Any], *args: Any) -> None:
+        """Here nothing goes on meanwhile."""

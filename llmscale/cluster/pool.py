@@ -20,6 +20,9 @@ from llmscale.cluster.environment import set_ray_environment
 
 Event = Callable[..., None]  # a tracker's, called from any thread: kind, and details by name
 Instead = Callable[..., Any]  # what a unit was called with, and why there is no result -> what stands for it
+Rest = Callable[
+    ..., Any
+]  # what a unit was called with, and its result -> what is left to call with; None: it has ended
 
 
 class Pending(Protocol):
@@ -72,13 +75,21 @@ class WorkerPool(ABC):
         """`method(part)` on every worker with its part of the items, even an empty one; one result an item, in order."""
 
     @abstractmethod
-    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Future[Any]:
+    def submit(
+        self, method: Callable[..., Any], *args: Any, instead: Instead | None = None, rest: Rest | None = None
+    ) -> Future[Any]:
         """`method(*args)` on whichever worker is free first; units begin in the order in which they are handed in. An
         argument may be a unit of another pool that has ended well: its result then goes from worker to worker, and not
         through the driver. What a unit makes must not depend on the number of workers.
 
         `instead` makes what stands for the result where worker after worker was lost over the unit; else that is a
-        SetAsideError."""
+        SetAsideError. `rest`, for a method of one argument, says what is left of a unit that was broken off: it goes on
+        with that before any other begins, on whichever worker is free first, unless there is state to be installed."""
+
+    @abstractmethod
+    def aside(self, method: Callable[..., Any], *args: Any) -> None:
+        """The same call on every worker, at once, in another thread of a worker that is about something. Nobody waits for
+        it, and it may come late or, to a worker that is about to be lost, never. `args`: JSON."""
 
     def doing(self) -> list[Doing]:
         """What each worker is about; nothing where workers are the driver itself."""

@@ -51,9 +51,10 @@ class Publisher:
         rollout: WorkerPool,
         load: Callable[..., Any],
         sent: Callable[[], None] = lambda: None,
+        interrupt: Callable[..., Any] | None = None,
     ) -> int:
         """Returns the version, which the workers have been given: each takes it when it is done with what it is about, and one
-        that is to take another's place takes it first.
+        that is to take another's place takes it first. `interrupt(version)`, a method of theirs, makes them break that off.
 
         `send(version, meeting)` and `load(version, parcel)` are the methods of the workers, as in
         `llmscale.cluster.transports.Carrier` and `llmscale.cluster.intake.Intake`; `sent` is called between them, unless they
@@ -62,14 +63,17 @@ class Publisher:
         Raises: WorkerLostError naming who is gone or too slow, where both ends are at work at the same time.
         """
         version = self.versions.next()
+        announce = (lambda: rollout.aside(interrupt, version)) if interrupt is not None else (lambda: None)
         if self.meetings is not None:
             with self.meetings.meeting(version, policy.members, rollout.members) as meeting:
                 calls = policy.call(send, version, meeting), rollout.call(load, version, meeting)
+                announce()
                 self._wait(version, rollout.num_workers, *calls)
         else:
             parcel = patiently(lambda: policy.call(send, version, None).wait()[0], self.run_dir, self._waited)
             sent()
             self.loading.append((version, rollout.install(load, version, parcel)))
+            announce()  # now, that they find the new weights before they go on
         return version
 
     def wait(self, at_most: int = 0) -> None:

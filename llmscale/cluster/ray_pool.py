@@ -26,7 +26,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig, Transport
-from llmscale.cluster.pool import Doing, Event, Instead, WorkerPool
+from llmscale.cluster.pool import Doing, Event, Instead, Rest, WorkerPool
 from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S, TICK_S, Call, Closed, Fault, RayWorker
 from llmscale.cluster.restarts import Restarts
 from llmscale.distributed import LOST_CONTACT
@@ -127,11 +127,17 @@ class RayPool(WorkerPool):
         parts = [list(items[start:stop]) for start, stop in pairwise(cuts)]
         return Parts(Calls([self._add(Call(self, method.__name__, [part], r)) for r, part in enumerate(parts)]))
 
-    def submit(self, method: Callable[..., Any], *args: Any, instead: Instead | None = None) -> Call:
+    def submit(
+        self, method: Callable[..., Any], *args: Any, instead: Instead | None = None, rest: Rest | None = None
+    ) -> Call:
         for arg in args:
             if isinstance(arg, Call) and (error := arg.exception()) is not None:
                 raise error
-        return self._add(Call(self, method.__name__, args, instead=instead))
+        return self._add(Call(self, method.__name__, args, instead=instead, rest=rest))
+
+    def aside(self, method: Callable[..., Any], *args: Any) -> None:
+        for worker in self.workers:  # a thread each, for one that hangs is not waited for
+            threading.Thread(target=worker.tell, args=(method.__name__, args), daemon=True).start()
 
     def doing(self) -> list[Doing]:
         return [worker.doing() for worker in self.workers]
@@ -176,7 +182,7 @@ class RayPool(WorkerPool):
         if not self.heals:
             what = f"what {call.method} made is lost, with the node that held it"
             raise WorkerLostError(what, where=f"{self.role} {call.rank}")
-        return self._add(Call(self, call.method, call.args, call.rank, call.instead))
+        return self._add(Call(self, call.method, call.args, call.rank, call.instead, call.rest))
 
     def lost(self, worker: RayWorker, call: Call | None, fault: Fault) -> None:
         """What becomes of a call whose worker is lost. Raises: Closed, where the worker is not to be replaced."""

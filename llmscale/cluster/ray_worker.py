@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayEr
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmscale import phases
-from llmscale.cluster.pool import Doing, Instead
+from llmscale.cluster.pool import Doing, Instead, Rest
 from llmscale.cluster.pulse import ask
 from llmscale.cluster.shell import Arrival, Place, Shell
 from llmscale.errors import LlmscaleError, WorkerError, WorkerLostError
@@ -55,10 +55,12 @@ class Call(Future[Any]):
         args: Sequence[Any],
         rank: int | None = None,
         instead: Instead | None = None,
+        rest: Rest | None = None,
     ):
         """`rank`: the one worker that it is for; None: any, for it is a unit."""
         super().__init__()
-        self.pool, self.method, self.args, self.rank, self.instead = pool, method, args, rank, instead
+        self.pool, self.method, self.args, self.rank = pool, method, args, rank
+        self.instead, self.rest = instead, rest
         self.victims: list[tuple[str, str]] = []  # workers that were lost while they were at it, and how
         self._again: Call | None = None
         self._lock = threading.Lock()
@@ -119,6 +121,11 @@ class RayWorker:
         # One that comes up has limits of its own, and is no sign that nothing moves.
         moved_s = time.monotonic() if self.method == COMING_UP else self.moved_s
         return Doing(self.where, pid, node, self.method, self.since_s, moved_s, self.inside, self.raised)
+
+    def tell(self, method: str, args: Sequence[Any]) -> None:
+        """Have a method of the role called whatever the worker is about; who does not answer is noticed elsewhere."""
+        with suppress(OSError):
+            ask(self.arrival.pulse, self.pool.answer_timeout_s or TICK_S, self.arrival.word, [method, *args])
 
     def kill(self) -> None:
         with suppress(RayError, ValueError):  # it may be gone, and Ray too
@@ -181,6 +188,7 @@ class RayWorker:
             try:
                 ended, result = self.actor.call.options(num_returns=2).remote(call.method, call.refs)
                 self._watch(ended)
+                rest = call.rest and call.rest(*call.args, self._watch(result))
             except RayTaskError as error:
                 self.raised = self.raised or (time.monotonic(), f"{self.where}: {error}")
                 lost = [arg.newest for arg in call.args if isinstance(arg, Call)]
@@ -196,7 +204,11 @@ class RayWorker:
             except Exception as error:  # what cannot be sent, for one: whoever waits for the call has to hear of it
                 call.set_exception(error)
             else:
-                call.set_result(result)
+                if rest is None:
+                    call.set_result(result)
+                else:
+                    call.args = [rest]
+                    self.pool.put_back(call)
 
     @contextmanager
     def _at(self, method: str) -> Iterator[None]:
@@ -207,8 +219,8 @@ class RayWorker:
         finally:
             self.method, self.inside = "", ""
 
-    def _watch(self, ref: ray.ObjectRef, limit_s: float | None = None) -> None:
-        """Wait until it is there, as long as the worker lives, or for `limit_s` where it is only coming up.
+    def _watch(self, ref: ray.ObjectRef, limit_s: float | None = None) -> Any:
+        """Wait for what it holds as long as the worker lives, or for `limit_s` where it is only coming up.
 
         Raises: Fault; RayTaskError, what the role raised; Closed.
         """
@@ -221,7 +233,7 @@ class RayWorker:
             elif time.monotonic() - started > limit_s:
                 raise Fault(LATE, f"did not come up in {limit_s:.0f} s (cluster.start_timeout_s)")
         try:
-            ray.get(ref)
+            return ray.get(ref)
         except RayTaskError:
             raise
         except RayError as error:
@@ -276,9 +288,7 @@ class RayWorker:
         pool = self.pool
         self.kill()
         self.actor = self._new_actor()
-        arriving = self.actor.arrive.remote()
-        self._watch(arriving, pool.start_timeout_s)
-        self.arrival = ray.get(arriving)
+        self.arrival = self._watch(self.actor.arrive.remote(), pool.start_timeout_s)
         local_rank, local_size = pool.place_of(self)
         # Nobody meets at this port: the workers of a pool that heals know nothing of each other.
         self._watch(self.build(pool.num_workers, local_rank, local_size, self.arrival.pulse), pool.start_timeout_s)

@@ -25,6 +25,7 @@ class Arrival:
     address: str  # of the node
     pid: int
     pulse: Address
+    word: str  # which opens it to more than questions
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ class Place:
 class Shell:
     """The process of one worker."""
 
+    role: Any = None
+
     def arrive(self) -> Arrival:
         address = ray.util.get_node_ip_address()
-        self.pulse = Pulse(address)
-        return Arrival(ray.get_runtime_context().get_node_id(), address, os.getpid(), self.pulse.address)
+        self.pulse = Pulse(address, self.aside)
+        node = ray.get_runtime_context().get_node_id()
+        return Arrival(node, address, os.getpid(), self.pulse.address, self.pulse.word)
 
     def free_port(self) -> int:
         with socket.socket() as probe:
@@ -85,6 +89,11 @@ class Shell:
         self.place, self.explaining_losses = place, explaining_losses
         with explaining_losses(place.role):
             self.role = role()
+
+    def aside(self, method: str, *args: Any) -> None:
+        """While the role may be at something else, in another thread. One that is not there yet misses it."""
+        if self.role is not None:
+            getattr(self.role, method)(*args)
 
     def call(self, method: str, args: Sequence[Any]) -> tuple[None, Any]:
         """What the method returns, behind an empty result: whoever waits for its end, or why there is none, need not fetch

@@ -41,6 +41,11 @@ def age_metrics(ages: Mapping[int, int]) -> dict[str, float]:
     return {"rollout/staleness": float(np.mean(found)), "rollout/staleness_max": float(np.max(found))}
 
 
+def continued_share(trajectories: Sequence[Trajectory]) -> float:
+    """Of the samples, how many were broken off for new weights and went on with these."""
+    return float(np.mean([len(np.unique(t.weight_versions[t.loss_mask])) > 1 for t in trajectories]))
+
+
 def check_staleness(trajectories: Sequence[Trajectory], ages: np.ndarray, bound: int) -> None:
     """Raises: WeightMismatchError for a sample that is older than the bound; by the rule above there is none."""
     if len(ages) and ages.max() > bound:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -33,6 +33,14 @@ def check_weights(requests: Sequence[SamplingRequest], held: int) -> None:
                 f"samples of weights {request.weights} are asked for where {held} are held",
                 fix="An update did not get here. Nothing was sampled; the same command resumes.",
             )
+
+
+def continued(requests: Sequence[SamplingRequest], made: Sequence[Trajectory]) -> list[SamplingRequest] | None:
+    """What is still to be asked for where some of it was interrupted; what has ended goes along, so that the unit stays
+    whole. None: all has ended."""
+    if not any(trajectory.interrupted for trajectory in made):
+        return None
+    return [replace(request, begun=trajectory) for request, trajectory in zip(requests, made, strict=True)]
 
 
 def unsampled(requests: Sequence[SamplingRequest], why: str) -> list[Trajectory]:

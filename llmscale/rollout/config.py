@@ -12,6 +12,13 @@ from omegaconf import MISSING
 from llmscale.config import Problem, at_least, option
 
 
+class OnUpdate(Enum):
+    """What becomes of a sample that is being written when there are new weights (rlhf with training.max_staleness)."""
+
+    keep = "keep"  # it is written to its end with the old ones
+    abort = "abort"  # it is broken off after the next token, and goes on from there with the new ones
+
+
 @dataclass
 class RolloutConfig:
     """Sampling."""
@@ -23,6 +30,7 @@ class RolloutConfig:
     max_new_tokens: int = 64  # longest completion in tokens; with an environment, of one turn
     group_size: int | None = None  # completions per prompt; None: 8 where rlhf's algorithm compares them, else 1
     unit_size: int = 32  # samples of one dispatch unit: generated as one batch on one worker, retried whole
+    on_update: OnUpdate = OnUpdate.keep  # what becomes of samples under way when there are new weights: keep or abort
     # Largest |rollout - trainer log-probability| of fresh samples; null: 1e-4 in fp32, 0.5 in bf16
     max_logprob_diff: float | None = None
 

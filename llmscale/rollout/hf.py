@@ -9,7 +9,6 @@ Legend: P different prompts, B rows (a request each), T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Event
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ class HFRollout:
         self.config, self.tokenizer, self.seed, self.stop_ids = config, tokenizer, seed, list(stop_ids)
         self.model = model.to(distributed.device()).eval()
         self.version = 0  # of the weights held; 0 are those that it was built with
-        self.interrupted = Event()
+        self.announced = 0  # the newest version that is known of
         attend_by_products(self.model.hf)
 
     @torch.no_grad()
@@ -50,7 +49,7 @@ class HFRollout:
         check_weights(requests, self.version)
         check_room(requests, self.config.max_new_tokens, context_length(self.model))
         completions = [Completion.begun(request) for request in requests]
-        if self.interrupted.is_set():
+        if self.announced > self.version:
             return [
                 completion.trajectory(self.stop_ids, self.tokenizer, interrupted=True) for completion in completions
             ]
@@ -62,7 +61,7 @@ class HFRollout:
         logits = batch.read(**self._left_padded([prefixes[int(i)] for i in first]))[number_of]
         batch.rearrange(number_of)
         going = np.arange(len(requests))  # the request that each row of the batch goes on with
-        while len(going) and not self.interrupted.is_set():
+        while len(going) and self.announced <= self.version:
             rows = [completions[int(i)] for i in going]
             positions = [len(row.token_ids) for row in rows]
             tokens, chosen = sample(logits, [row.request for row in rows], positions, self.config, self.seed)
@@ -79,16 +78,15 @@ class HFRollout:
         broken_off = set(going.tolist())
         return [c.trajectory(self.stop_ids, self.tokenizer, i in broken_off) for i, c in enumerate(completions)]
 
-    def interrupt(self) -> None:
-        """May be called by another thread. What `generate` is about comes back as it is after the next token, and so does
-        whatever else is asked for, until there are new weights."""
-        self.interrupted.set()
+    def interrupt(self, version: int) -> None:
+        """What `generate` is about comes back as it is after the next token, and so does whatever else is asked for, until
+        weights of this version are here."""
+        self.announced = max(self.announced, version)
 
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         check_newer(version, self.version)
         load_buckets(self.model, buckets, source=f"weights {version}")
         self.version = version
-        self.interrupted.clear()
 
     def sleep(self) -> None:
         self.model.to("cpu")

@@ -54,7 +54,7 @@ class Turns:
     def load_weights(self, version: int, buckets: Sequence[WeightBucket]) -> None:
         self.engine.load_weights(version, buckets)
 
-    def interrupt(self) -> None:
+    def interrupt(self, version: int) -> None:
         """Conversations go on: what an environment has heard it could not hear again."""
 
     def sleep(self) -> None:

@@ -95,7 +95,7 @@ class VLLMRollout:
         self.llm.reset_prefix_cache()  # of keys and values that the old weights made
         self.version = version
 
-    def interrupt(self) -> None:
+    def interrupt(self, version: int) -> None:
         """What it is about goes on to its end."""
 
     def sleep(self) -> None:

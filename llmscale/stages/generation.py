@@ -20,7 +20,7 @@ from llmscale.batch import Prompt, Trajectory
 from llmscale.cluster.pool import Units, WorkerPool
 from llmscale.data.loader import micro_batches
 from llmscale.protocols import SamplingRequest, Score, State
-from llmscale.rollout.completion import unsampled
+from llmscale.rollout.completion import continued, unsampled
 from llmscale.rollout.recording import from_record, to_record
 from llmscale.rollout.replay import Replay
 from llmscale.stages.roles import ReferenceRole, RewardRole, RolloutRole
@@ -71,8 +71,11 @@ class Generation:
         unit_size: int,
         replay: Replay | None = None,
         asks_reference: bool = True,
+        continues: bool = False,
     ):
+        """`continues`: what is interrupted goes on from there."""
         self.pools, self.unit_size, self.replay = pools, unit_size, replay
+        self.rest = continued if continues else None
         self.asks_reference = asks_reference and "reference" in pools
         self.draws: dict[int, list[tuple[Unit, int]]] = {}  # where the samples of each are
         self.saved: dict[int, list[str]] = {}  # those of a checkpoint, as JSON, until `resume`
@@ -130,7 +133,7 @@ class Generation:
     def _unit(self, requests: Sequence[SamplingRequest]) -> Unit:
         if self.replay is not None:
             return self._known(self.replay.generate(requests))
-        sampled = self.pools["rollout"].submit(RolloutRole.generate, requests, instead=unsampled)
+        sampled = self.pools["rollout"].submit(RolloutRole.generate, requests, instead=unsampled, rest=self.rest)
         shown: Future[Shown] = Future()
 
         def show(task: Future[list[Trajectory]]) -> None:

@@ -46,8 +46,9 @@ from llmscale.rl.experience import (
 )
 from llmscale.rl.kl import AdaptiveCoefficient
 from llmscale.rl.ledger import End, Ledger
-from llmscale.rl.staleness import age_metrics, check_staleness, room, staleness
+from llmscale.rl.staleness import age_metrics, check_staleness, continued_share, room, staleness
 from llmscale.rollout.completion import unsampled
+from llmscale.rollout.config import OnUpdate
 from llmscale.rollout.replay import Replay
 from llmscale.rollout.turns import turn_metrics
 from llmscale.stages.generation import Generation, Rewards, Taken, unjudged
@@ -79,8 +80,10 @@ class Rlhf:
         self.config, self.prompts, self.pools, self.publisher, self.event = config, prompts, pools, publisher, event
         self.record, self.ledger, self.replay = record, ledger, replay
         self.shifts = Shifts(config.colocated, pools, event)
+        self.aborts = config.rollout.on_update is OnUpdate.abort
+        apart = "reference" not in config.colocated
         self.generation = Generation(
-            pools, config.rollout.unit_size, replay, asks_reference="reference" not in config.colocated
+            pools, config.rollout.unit_size, replay, asks_reference=apart, continues=self.aborts
         )
         self.order = prompts.order(config.run.seed)
         self.algorithm = new_algorithm(config)
@@ -113,6 +116,8 @@ class Rlhf:
             self.kl_coef.update(metrics["kl/ref"], len(scored))
         if self.config.training.max_staleness:
             metrics |= age_metrics(ages)
+        if self.aborts:
+            metrics["rollout/continued"] = continued_share([t for t, *_ in sampled])
         return metrics | self.performance(metrics.pop("perf/tokens")), scored
 
     def collect(self) -> tuple[list[Scored], list[Sampled], Metrics]:
@@ -246,12 +251,16 @@ class Rlhf:
 
     def publish(self) -> None:
         """New weights for every rollout worker, checked by fingerprint on both sides. A worker takes them when it is done with
-        the unit that it is about, which nobody waits for before the bound on staleness says so."""
+        the unit that it is about, or breaks it off (`rollout.on_update`); nobody waits for that before the bound on staleness
+        says so."""
         if self.replay is not None:
             return
         policy, rollout, sent = self.pools["policy"], self.pools["rollout"], self.shifts.of_rollouts
         self.shifts.of_training()
-        self.weights = self.publisher.publish(policy, PolicyRole.publish, rollout, RolloutRole.load_weights, sent)
+        interrupt = RolloutRole.interrupt if self.aborts else None
+        self.weights = self.publisher.publish(
+            policy, PolicyRole.publish, rollout, RolloutRole.load_weights, sent, interrupt
+        )
         bound = self.config.training.max_staleness
         self.publisher.wait(at_most=bound)
         made = self.updates | {self.weights: self.step}

@@ -17,7 +17,14 @@ from llmscale.engine.config import Precision
 from llmscale.optim.config import OptimConfig
 from llmscale.rewards.config import EnvironmentRewardConfig, LearnedConfig, RewardConfig, flattened
 from llmscale.rl.config import AlgorithmConfig
-from llmscale.rollout.config import EnvironmentConfig, ReplayConfig, RolloutConfig, VLLMRolloutConfig
+from llmscale.rollout.config import (
+    EnvironmentConfig,
+    HFRolloutConfig,
+    OnUpdate,
+    ReplayConfig,
+    RolloutConfig,
+    VLLMRolloutConfig,
+)
 from llmscale.stages.config import TrainedConfig, unfit_optimizer
 
 if TYPE_CHECKING:
@@ -162,6 +169,9 @@ class RlhfConfig(TrainedConfig):
         if self.training.max_staleness and self.colocated:
             what = "colocated roles have their devices by turns: nothing is sampled while there is training"
             yield "training.max_staleness", what, "Leave it at 0, or leave out cluster.colocated."
+        if self.rollout.on_update is OnUpdate.abort and not self.training.max_staleness:
+            what = "nothing is under way when there are new weights, for training.max_staleness is 0"
+            yield "rollout.on_update", what, "Leave it at keep, or set training.max_staleness=1."
         if self.rollout.temperature == 0:
             yield "rollout.temperature", "greedy samples teach nothing", "Set it above 0."
         if self.rollout.truncates:
@@ -213,6 +223,8 @@ def sampling_problems(config: RlhfConfig | AnsweringConfig) -> Iterator[Problem]
     if isinstance(config.rollout, ReplayConfig) and not isinstance(config, RlhfConfig):
         yield "rollout", "only rlhf can do without an engine", "Choose rollout=hf."
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
+    if config.rollout.on_update is OnUpdate.abort:
+        yield from _unfit_to_abort(config, environment)
     if environment is None:
         for where, part in rewards_of(config):
             if isinstance(part, EnvironmentRewardConfig):
@@ -222,6 +234,17 @@ def sampling_problems(config: RlhfConfig | AnsweringConfig) -> Iterator[Problem]
         what = f"{environment.max_turns} turns of {config.rollout.max_new_tokens} tokens leave no room for a prompt "
         what += f"in {config.data.max_seq_len}"
         yield "environment.max_turns", what, "Lower it or rollout.max_new_tokens, or raise data.max_seq_len."
+
+
+def _unfit_to_abort(config: RlhfConfig | AnsweringConfig, environment: EnvironmentConfig | None) -> Iterator[Problem]:
+    where, fix = "rollout.on_update", "Leave it at keep."
+    if not isinstance(config, RlhfConfig):
+        yield where, f"{config.stage} has no new weights", fix
+    if not isinstance(config.rollout, HFRolloutConfig):
+        what = f"a call of {config.rollout.name} cannot be broken off between two tokens"
+        yield where, what, "Leave it at keep, or choose rollout=hf."
+    if environment is not None:
+        yield where, "what an environment has heard in a turn that was broken off it could not hear again", fix
 
 
 def rewards_of(config: RlhfConfig | AnsweringConfig) -> Iterator[tuple[str, RewardConfig]]:

@@ -249,7 +249,13 @@ class RolloutRole(Colocatable, Intake):
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         assert not self.asleep, "it is the shift of others"
-        return self.engine.generate(requests)
+        begun = [request.begun for request in requests]  # where the unit has been interrupted
+        going = [r for r, t in zip(requests, begun, strict=True) if t is None or t.interrupted]
+        made = iter(self.engine.generate(going))
+        return [next(made) if t is None or t.interrupted else t for t in begun]
+
+    def interrupt(self, version: int) -> None:
+        self.engine.interrupt(version)
 
 
 ROLES = {

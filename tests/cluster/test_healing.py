@@ -23,12 +23,22 @@ class Keeper:
     """A role with state that units count on, as the weights of a rollout engine."""
 
     def __init__(self) -> None:
-        self.version = 0
+        self.version = self.announced = 0
 
     def hold(self, version: int) -> None:
         if version <= self.version:
             raise DataError(f"{version} offered where {self.version} is held")
         self.version = version
+
+    def announce(self, version: int) -> None:
+        self.announced = version
+
+    def write(self, begun: list[int]) -> list[int]:
+        """Twenty versions, one after another, unless a newer one is announced."""
+        while len(begun) < 20 and self.announced <= self.version:
+            time.sleep(0.05)
+            begun = [*begun, self.version]
+        return begun
 
     def add(self, unit: tuple[int, int]) -> tuple[int, int]:
         number, version = unit
@@ -91,6 +101,27 @@ def test_workers_lost_at_work_or_between_are_replaced_with_what_they_held(
     assert {e["cause"] for e in lost} == {cause}
     replaced = [e for e in events if e["kind"] == "worker_replaced"]
     assert len(replaced) == 3 and all(e["seconds"] < 120 for e in replaced)  # about 3 where nothing else runs
+
+
+def test_units_are_broken_off_for_new_state_and_go_on_with_it(
+    healing: tuple[Mapping[str, WorkerPool], Events],
+) -> None:
+    pool = healing[0]["rollout"]
+    pool.install(Keeper.hold, 10).wait()
+    rest = lambda begun, written: written if len(written) < 20 else None  # noqa: E731
+    units = [pool.submit(Keeper.write, [n], rest=rest) for n in range(3)]
+    while not all(d.method == "write" for d in pool.doing()):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    taken = pool.install(Keeper.hold, 11)
+    pool.aside(Keeper.announce, 11)
+    taken.wait()
+    assert not any(unit.done() for unit in units), "nobody has waited for their end"
+    pool.aside(Keeper.announce, 11)  # late, it changes nothing
+    first, second, third = [unit.result() for unit in units]
+    for n, written in enumerate([first, second]):
+        assert written == [n, *sorted(written[1:])] and len(written) == 20 and set(written[1:]) == {10, 11}
+    assert third == [2, *[11] * 19], "the units that were broken off went on before it began"
 
 
 def test_a_unit_that_kills_three_workers_is_set_aside(healing: tuple[Mapping[str, WorkerPool], Events]) -> None:

@@ -224,7 +224,7 @@ def test_hf_can_be_interrupted_and_goes_on_by_new_weights(hf):
     model = language_model(max_position=700)
     engine, asked = hf(model, max_new_tokens=600, stop_ids=[STOP]), requests()
     whole = tokens(hf(model, max_new_tokens=600, stop_ids=[STOP]).generate(asked))
-    timer = Timer(0.15, engine.interrupt)
+    timer = Timer(0.15, engine.interrupt, [1])
     timer.start()
     made = engine.generate(asked)
     timer.join()
@@ -235,6 +235,8 @@ def test_hf_can_be_interrupted_and_goes_on_by_new_weights(hf):
     rest = [replace(r, begun=t, weights=1) for r, t in zip(asked, made, strict=True) if t.interrupted]
     ended = [t for t in made if not t.interrupted] + engine.generate(rest)
     assert tokens(ended) == whole
+    engine.interrupt(1)  # late: these are the weights that it holds
+    assert tokens(engine.generate(asked)) == whole
     for t in ended:
         versions = t.weight_versions[t.loss_mask]
         assert (np.diff(versions) >= 0).all() and set(versions) <= {0, 1} and not t.interrupted

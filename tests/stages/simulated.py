@@ -6,11 +6,11 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +27,12 @@ from llmscale.data.splits import Split
 from llmscale.protocols import SamplingRequest, Score
 from llmscale.randomness import random_words
 from llmscale.rl.ledger import DRAWS, Ledger
-from llmscale.rollout.completion import check_newer, check_weights
+from llmscale.rollout.completion import Completion, check_newer, check_weights
 from llmscale.stages.rlhf import Rlhf
 from llmscale.stages.rlhf_config import RlhfConfig
 from llmscale.stages.rlhf_run import Progress
 from llmscale.tracking.jsonl import RecordFile
-from tests.tiny import trajectory
+from tests.tiny import tokenizer
 
 PROMPTS = Split([Prompt(np.array([3, 4]), f"prompt {i}") for i in range(7)], [], {})
 PATIENCE_S = 30.0
@@ -43,7 +43,9 @@ class Killed(Exception):
 
 
 class Sampler:
-    version = 0
+    """Writes two tokens, the second by newer weights where these come in between and it is told of them."""
+
+    version = announced = 0
 
     def load_weights(self, version: int, handles: Any) -> None:
         check_newer(version, self.version)
@@ -51,10 +53,16 @@ class Sampler:
 
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         check_weights(requests, self.version)
-        return [
-            trajectory([3, 4, 5, 6], [0, 0, 1, 1], draw_id=r.draw_id, sample_index=r.sample_index, version=self.version)
-            for r in requests
-        ]
+        return [self.write(Completion.begun(request)) for request in requests]
+
+    def write(self, completion: Completion) -> Trajectory:
+        is_stopped = self.announced > self.version
+        for _ in range(1 if is_stopped else 2 - len(completion.token_ids)):
+            completion.add(5, -1.0, self.version)
+        return completion.trajectory([5], tokenizer(), interrupted=is_stopped and len(completion.token_ids) < 2)
+
+    def interrupt(self, version: int) -> None:
+        self.announced = version
 
 
 class Judge:
@@ -80,7 +88,7 @@ class Threads(WorkerPool):
 
     def __init__(self, role: type, num_workers: int, pause: Callable[[], None], dies: Callable[[], bool]):
         self.role, self.num_workers, self.pause, self.dies = role, num_workers, pause, dies
-        self.units: SimpleQueue[tuple[Future[Any], str, Any] | None] = SimpleQueue()
+        self.units: deque[tuple[Future[Any], str, Any, Any] | None] = deque()
         self.workers = [role() for _ in range(num_workers)]
         self.busy = [False] * num_workers
         self.newest: tuple[Any, ...] = (0, None)
@@ -108,14 +116,30 @@ class Threads(WorkerPool):
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Any:
         raise NotImplementedError
 
-    def submit(self, method: Callable[..., Any], *args: Any, instead: Any = None) -> Future[Any]:
+    def submit(self, method: Callable[..., Any], *args: Any, instead: Any = None, rest: Any = None) -> Future[Any]:
         task: Future[Any] = Future()
-        self.units.put((task, method.__name__, *(a.result() if isinstance(a, Future) else a for a in args)))
+        (items,) = (a.result() if isinstance(a, Future) else a for a in args)
+        self._hand_in(self.units.append, (task, method.__name__, rest, items))
         return task
+
+    def aside(self, method: Callable[..., Any], *args: Any) -> None:
+        with self.changed:
+            for worker in self.workers:
+                getattr(worker, method.__name__)(*args)
 
     def close(self) -> None:
         for _ in self.workers:
-            self.units.put(None)
+            self._hand_in(self.units.append, None)
+
+    def _hand_in(self, add: Callable[[Any], None], unit: Any) -> None:
+        with self.changed:
+            add(unit)
+            self.changed.notify_all()
+
+    def _next(self) -> Any:
+        with self.changed:
+            self.changed.wait_for(lambda: self.units)
+            return self.units.popleft()
 
     def _catch_up(self, i: int) -> None:
         if self.role is Sampler and self.workers[i].version < self.newest[0]:
@@ -123,8 +147,8 @@ class Threads(WorkerPool):
             self.changed.notify_all()
 
     def _serve(self, i: int) -> None:
-        while (unit := self.units.get()) is not None:
-            task, method, items = unit
+        while (unit := self._next()) is not None:
+            task, method, rest, items = unit
             if not task.running() and not task.set_running_or_notify_cancel():
                 continue
             with self.changed:
@@ -133,14 +157,18 @@ class Threads(WorkerPool):
             self.pause()
             if self.dies():
                 self.workers[i] = self.role()
-                self.units.put(unit)
+                self._hand_in(self.units.append, unit)
             else:
                 try:
                     result = getattr(self.workers[i], method)(items)
                 except Exception as error:
                     task.set_exception(error)
                 else:
-                    task.set_result(result)
+                    more = rest and rest(items, result)
+                    if more is None:
+                        task.set_result(result)
+                    else:
+                        self._hand_in(self.units.appendleft, (task, method, rest, more))
             with self.changed:
                 self.busy[i] = False
                 self._catch_up(i)

@@ -16,6 +16,7 @@ from tests.stages.simulated import PROMPTS, Simulation
 
 SCHEDULES = range(8)
 FILTER = ["algorithm.filter_groups=true", "algorithm.max_draws=3"]
+ABORT = ["rollout.on_update=abort"]
 
 
 def finished(folder: Path, seed: int, bound: int, *overrides: str) -> Simulation:
@@ -30,13 +31,16 @@ def ages(simulation: Simulation) -> list[int]:
     return [step - 1 - simulation.made_at[v] for step, _, versions in simulation.trained for v in versions]
 
 
-@pytest.mark.parametrize("overrides", [[], FILTER], ids=["plain", "filter_groups"])
-@pytest.mark.parametrize("bound", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("bound", "overrides"),
+    [(0, []), (1, []), (3, []), (0, FILTER), (1, FILTER), (3, FILTER), (1, ABORT), (3, ABORT + FILTER)],
+)
 def test_every_draw_ends_once_and_none_is_too_old(bound: int, overrides: list[str], tmp_path: Path) -> None:
-    oldest = []
+    oldest, of_several_versions = [], 0
     for seed in SCHEDULES:
         simulation = finished(tmp_path / str(seed), seed, bound, *overrides)
         oldest.append(max(ages(simulation)))
+        of_several_versions += sum(len(versions) > 1 for _, _, versions in simulation.trained)
         ends = records(tmp_path / str(seed) / "draws.jsonl")
         final = Counter(e["draw_id"] for e in ends if e["end"] != "requeued")
         assert sorted(final) == list(range(len(final))) and set(final.values()) == {1}
@@ -44,9 +48,10 @@ def test_every_draw_ends_once_and_none_is_too_old(bound: int, overrides: list[st
         assert Counter(draw for _, draw, _ in simulation.trained) == Counter(trained * 2)  # both samples of each
         assert all(e["why"] for e in ends if e["end"] != "trained")
         assert {e["staleness"] for e in ends if e["end"] == "trained"} <= set(range(bound + 1))
-        if not overrides:
+        if FILTER[0] not in overrides:
             assert len(final) == 9 * 3 and trained == sorted(trained), "the oldest first, and no more than are needed"
     assert max(oldest) == bound, "what is allowed is made use of"
+    assert (of_several_versions > 0) == (ABORT[0] in overrides)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

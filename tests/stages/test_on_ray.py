@@ -118,6 +118,7 @@ def test_an_asynchronous_run_killed_and_finished_has_every_draw_once(chain: Path
     paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward", "training.num_steps=10"]
     pools = ["cluster=ray", "cluster.rollout.num_workers=2"]
     argv = arguments("rlhf", tmp_path, *paths, *pools, "training.max_staleness=2", "rollout.unit_size=4")
+    argv += ["rollout.on_update=abort", "rollout.max_new_tokens=40", "data.max_seq_len=80"]
     argv.remove("cluster=local")
     run_dir, log = tmp_path / "demo" / "rlhf", tmp_path / "log"
     interrupt(argv, log, lambda: (run_dir / "checkpoints" / "step-000004").exists(), signal.SIGKILL)
@@ -130,3 +131,4 @@ def test_an_asynchronous_run_killed_and_finished_has_every_draw_once(chain: Path
     assert len(made) == 10 * 16 and found["attempts"] == 2
     steps = records(run_dir / "metrics.jsonl")[1:]
     assert all(step.get("rollout/logprob_diff", 0) < 1e-4 for step in steps)
+    assert any(step.get("rollout/continued", 0) > 0 for step in steps)
