@@ -10,8 +10,8 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ from llmscale.launch import kubernetes, local, slurm
 from llmscale.launch.attempts import cancel_file
 from llmscale.launch.config import KubernetesLaunch, LaunchConfig, LocalLaunch, ScriptLaunch, SlurmLaunch
 from llmscale.launch.manifest import manifest, run_dir_in_pod, to_yaml
-from llmscale.launch.plan import described, plan
+from llmscale.launch.plan import Plan, described, plan
 from llmscale.launch.script import Job, local_script, slurm_script
 from llmscale.launch.status import SUBMISSION, Submission, look, submission_of
 from llmscale.stages.config import StageConfig
@@ -91,50 +91,94 @@ def _request(stage: str, overrides: Sequence[str], config_dir: str | None, plugi
     return Request(stage, [o for o in overrides if o not in launch], launch, config_dir, plugins)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run that is asked for: of a sweep there are several."""
+
+    request: Request
+    config: StageConfig
+    plan: Plan
+
+    @property
+    def dir(self) -> Path:
+        return self.config.run_dir.absolute()
+
+
 def _submit(request: Request, arguments: argparse.Namespace) -> int:
     import_plugins(request.plugins)
     launch = compose("submit", request.launch_overrides, request.config_dir).launch
-    plugins = [f"plugins=[{','.join(request.plugins)}]"] if request.plugins else []
-    config: StageConfig = compose(request.stage, [*plugins, *request.overrides], request.config_dir)
-    planned = plan(config, launch)
-    run_dir = config.run_dir.absolute()
+    runs = _runs(request, launch, arguments.multirun)
     if arguments.dry_run:
-        return _print(described(planned, launch, config), arguments.json)
+        return _show([described(run.plan, launch, run.config) for run in runs], arguments, _print_plan)
     if isinstance(launch, ScriptLaunch) and launch.secrets_file is not None:
         _check_secrets(Path(launch.secrets_file))
-    where = run_dir
+    if arguments.print:
+        batches = _batches([_job(run, launch, _known_id(run.dir)) for run in runs])
+        if isinstance(launch, SlurmLaunch) and len(batches) > 1:
+            fix = "Leave out --print, or print them one by one."
+            raise UsageError("the jobs want different nodes, so they are no array", where="submit -m", fix=fix)
+        return _show([{"script": text} for _, text in map(_native, batches)], arguments, _print_script)
+    found = [_finished(run) for run in runs if read_result(run.dir) is not None]
+    left = [run for run in runs if read_result(run.dir) is None]
+    for run in left:
+        _check_free(run.dir)
+    jobs = [_job(run, launch, claim(run.dir, run.config)) for run in left]
+    by_job = {job.run_id: run for job, run in zip(jobs, left, strict=True)}
+    for batch in _batches(jobs):
+        found += _begin(batch, [by_job[job.run_id] for job in batch])
+    return _show(found, arguments, _print_run)
+
+
+def _runs(request: Request, launch: LaunchConfig, multirun: bool) -> list[Run]:
+    plugins = [f"plugins=[{','.join(request.plugins)}]"] if request.plugins else []
+    overrides = [*plugins, *request.overrides]
+    if not multirun:
+        config: StageConfig = compose(request.stage, overrides, request.config_dir)
+        return [Run(request, config, plan(config, launch))]
+    if isinstance(launch, LocalLaunch):
+        fix = f"Leave out `submit` and launch=local: llmscale {request.stage} -m runs them."
+        raise UsageError("on one machine the jobs of a sweep take turns", where="launch", fix=fix)
+    from llmscale.stages.grid import compose_sweep
+
+    sweep = compose_sweep(request.stage, overrides, request.config_dir)
+    own = [(job.overrides[len(plugins) :], job.configs[request.stage]) for job in sweep.jobs]
+    return [Run(replace(request, overrides=words), config, plan(config, launch)) for words, config in own]
+
+
+def _job(run: Run, launch: LaunchConfig, named: str) -> Job:
+    where, request = run.dir, run.request
     if isinstance(launch, KubernetesLaunch):
-        where = Path(run_dir_in_pod(PurePosixPath(config.run_dir), launch))
-    touches = not arguments.print
-    if touches and (found := read_result(run_dir)) is not None:
-        return _finished(run_dir, config, found, arguments.json)
-    if touches:
-        _check_free(run_dir)
-    named = claim(run_dir, config) if touches else _known_id(run_dir)
+        where = Path(run_dir_in_pod(PurePosixPath(run.config.run_dir), launch))
     if isinstance(launch, SlurmLaunch):
         _check_name(named)
     programs = Path(sys.executable).parent
-    job = Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, where, named, launch, planned)
-    file, text = _native(job)
-    if arguments.print:
-        return _print({"script": text}, True) if arguments.json else _write(text)
-    (run_dir / "launch").mkdir(exist_ok=True)
-    atomic_write_text(run_dir / "launch" / file, text)
-    cancel_file(run_dir).unlink(missing_ok=True)
-    native = _start(job, run_dir / "launch" / file)
-    submission = Submission(
-        launch.name, native, socket.gethostname(), round(time.time(), 3), request.stage, request.overrides,
-        request.launch_overrides, request.config_dir, request.plugins, str(Path.cwd()),
-    )  # fmt: skip
-    atomic_write_text(run_dir / "launch" / SUBMISSION, json.dumps(vars(submission), indent=1) + "\n")
-    return _submitted(job, run_dir, native, arguments.json)
+    return Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, where, named, launch, run.plan)
 
 
-def _native(job: Job) -> tuple[str, str]:
-    """The job in the language of what takes it, and what the file is called."""
-    if isinstance(job.launch, KubernetesLaunch):
-        return "job.yaml", to_yaml(manifest(job))
-    return "job.sh", local_script(job) if isinstance(job.launch, LocalLaunch) else slurm_script([job])
+def _batches(jobs: list[Job]) -> list[list[Job]]:
+    """What is handed in together: an array of Slurm, whose jobs all want the same nodes."""
+    together = bool(jobs) and isinstance(jobs[0].launch, SlurmLaunch) and all(j.plan == jobs[0].plan for j in jobs)
+    return [jobs] if together else [[job] for job in jobs]
+
+
+def _native(batch: list[Job]) -> tuple[str, str]:
+    """The jobs in the language of what takes them, and what the file is called."""
+    launch = batch[0].launch
+    if isinstance(launch, KubernetesLaunch):
+        return "job.yaml", to_yaml(manifest(batch[0]))
+    return "job.sh", local_script(batch[0]) if isinstance(launch, LocalLaunch) else slurm_script(batch)
+
+
+def _begin(batch: list[Job], runs: list[Run]) -> list[dict[str, Any]]:
+    """Returns what became of each run."""
+    name, text = _native(batch)
+    for run in runs:
+        (run.dir / "launch").mkdir(exist_ok=True)
+        atomic_write_text(run.dir / "launch" / name, text)
+        cancel_file(run.dir).unlink(missing_ok=True)
+    first = _start(batch[0], runs[0].dir / "launch" / name)
+    natives = [first] if len(batch) == 1 else [f"{first}_{number}" for number in range(len(batch))]
+    return [_noted(job, run, native) for job, run, native in zip(batch, runs, natives, strict=True)]
 
 
 def _start(job: Job, file: Path) -> str:
@@ -142,6 +186,18 @@ def _start(job: Job, file: Path) -> str:
     if isinstance(job.launch, KubernetesLaunch):
         return str(kubernetes.submit(manifest(job), job.launch.context))
     return local.start(file) if isinstance(job.launch, LocalLaunch) else slurm.sbatch(file.read_text(encoding="utf-8"))
+
+
+def _noted(job: Job, run: Run, native: str) -> dict[str, Any]:
+    request = run.request
+    submission = Submission(
+        job.launch.name, native, socket.gethostname(), round(time.time(), 3), request.stage, request.overrides,
+        request.launch_overrides, request.config_dir, request.plugins, str(Path.cwd()),
+    )  # fmt: skip
+    atomic_write_text(run.dir / "launch" / SUBMISSION, json.dumps(vars(submission), indent=1) + "\n")
+    in_pods = isinstance(job.launch, KubernetesLaunch)
+    log = job.run_dir / "attempts" if in_pods else job.run_dir / "launch" / "job.log"
+    return {"run": str(run.dir), "id": job.run_id, "launch": job.launch.name, "job": native, "log": str(log)}
 
 
 def _check_free(run_dir: Path) -> None:
@@ -178,46 +234,47 @@ def _check_name(name: str) -> None:
 # ---------------------------------------------------------------- what it prints
 
 
-def _print(values: dict[str, Any], as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(values))
-        return 0
+def _show(found: list[dict[str, Any]], arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> int:
+    if arguments.json:
+        print(json.dumps(found if arguments.multirun else found[0]))
+    else:
+        for values in found:
+            write(values)
+    return 0
+
+
+def _print_plan(values: dict[str, Any]) -> None:
     for name, value in values.items():
         for key, inner in value.items() if isinstance(value, dict) else [(None, value)]:
             shown = ", ".join(f"{k} {v}" for k, v in inner.items()) if isinstance(inner, dict) else inner
             if inner is not None:
                 print(f"{name if key is None else f'{name}.{key}':<20} {shown}")
-    return 0
 
 
-def _write(text: str) -> int:
-    sys.stdout.write(text)
-    return 0
+def _print_script(values: dict[str, Any]) -> None:
+    sys.stdout.write(values["script"])
 
 
-def _finished(run_dir: Path, config: StageConfig, result: dict[str, Any], as_json: bool) -> int:
-    claim(run_dir, config)  # the same name with another config is refused here too
-    if as_json:
-        return _print({"run": str(run_dir), "state": "done", "result": result}, True)
-    from llmscale.stages.summary import print_summary
-
-    print_summary({config.stage: result})
-    return 0
+def _finished(run: Run) -> dict[str, Any]:
+    claim(run.dir, run.config)  # the same name with another config is refused here too
+    return {"run": str(run.dir), "stage": run.config.stage, "state": "done", "result": read_result(run.dir)}
 
 
-def _submitted(job: Job, run_dir: Path, native: str, as_json: bool) -> int:
-    in_pods = isinstance(job.launch, KubernetesLaunch)
-    log = job.run_dir / "attempts" if in_pods else job.run_dir / "launch" / "job.log"
-    if as_json:
-        place = {"run": str(run_dir), "id": job.run_id, "launch": job.launch.name, "job": native}
-        return _print(place | {"log": str(log)}, True)
-    shown = os.path.relpath(run_dir)
-    print(f"submitted {job.run_id}: {job.launch.name} job {native}")
-    print(f"  log: {log} on the volume" if in_pods else f"  log: {shown}/launch/job.log, then {shown}/attempts/")
+def _print_run(values: dict[str, Any]) -> None:
+    if "result" in values:
+        from llmscale.stages.summary import print_summary
+
+        print_summary({values["stage"]: values["result"]})
+        return
+    shown = os.path.relpath(values["run"])
+    print(f"submitted {values['id']}: {values['launch']} job {values['job']}")
+    in_pods = values["launch"] == KubernetesLaunch.name
+    print(
+        f"  log: {values['log']} on the volume" if in_pods else f"  log: {shown}/launch/job.log, then {shown}/attempts/"
+    )
     for command in ("status", "logs -f", "cancel"):
         verb, *flags = command.split()
         print(f"  llmscale {' '.join([verb, shown, *flags])}")
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -249,7 +306,11 @@ def _parser(verb: str = "submit", text: str | None = None) -> argparse.ArgumentP
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(multirun=False)
     if verb == "submit":
+        parser.add_argument(
+            "-m", "--multirun", action="store_true", help="a job for each combination of several values"
+        )
         parser.add_argument("--config-dir", help="a folder with config groups and experiments of yours")
         parser.add_argument("--plugin", action="append", default=[], help="import a module of yours first")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

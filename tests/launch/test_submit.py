@@ -152,6 +152,26 @@ def test_print_and_dry_run_touch_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_is_shown_as_one_array_or_plan_by_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def shown(*words: str, exit_code: int = 0) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["submit", *WORDS, "launch=slurm", "-m", *words])
+        assert ended.value.code == exit_code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    assert "#SBATCH --array=0-2\n" in shown("run.seed=0,1,2", "--print")
+    unlike = ["engine=deepspeed", "cluster=laptop", "cluster.trainer.num_workers=1,2"]
+    assert [plan["per_node"]["tasks"] for plan in json.loads(shown(*unlike, "--dry-run", "--json"))] == [1, 2]
+    assert "want different nodes" in shown(*unlike, "--print", exit_code=2)
+    assert "take turns" in shown("launch=local", "run.seed=0,1", exit_code=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_first_traceback_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     trace = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\nValueError: no\n'
     (tmp_path / "trainer-node1.log").write_text("error: trainer 0: lost contact with the other ranks: x\n  Resume.\n")
