@@ -46,7 +46,7 @@ def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
     """Raises: ConfigError where config and launch do not fit each other."""
     roles = roles_of(config)
     pools: dict[str, PoolConfig] = {role: getattr(config.cluster, role) for role in roles}
-    workers = {role: pool.num_workers for role, pool in pools.items()}
+    workers = {role: pool.most for role, pool in pools.items()}
     if not isinstance(launch, SlurmLaunch):
         places = {role: [0] for role in roles}
         cpus, gpus = math.ceil(_total(pools.values(), "num_cpus")), math.ceil(_total(pools.values(), "num_gpus"))
@@ -136,7 +136,7 @@ def _given(launch: SlurmLaunch, cpus: int, gpus: int) -> tuple[int, int]:
 
 
 def _total(pools: Iterable[PoolConfig], name: str) -> float:
-    return sum(pool.num_workers * getattr(pool, name) for pool in pools)
+    return sum(pool.most * getattr(pool, name) for pool in pools)
 
 
 def described(plan: Plan, launch: LaunchConfig, config: StageConfig) -> dict[str, Any]:
