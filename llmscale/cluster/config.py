@@ -46,8 +46,51 @@ class PoolConfig:
     resources: dict[str, float] = field(default_factory=dict)  # custom Ray resources per worker
     placement: Placement = Placement.pack
 
+    @property
+    def fewest(self) -> int:
+        """Workers that it cannot do without."""
+        return self.num_workers
+
+    @property
+    def most(self) -> int:
+        return self.num_workers
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether workers may come later than the pool and go earlier."""
+        return self.fewest < self.most
+
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, num_workers=1, num_cpus=0, num_gpus=0)
+
+
+@dataclass
+class RolloutPoolConfig(PoolConfig):
+    """On Ray it begins with `min_workers`, takes more as places are found, and goes on with fewer when hosts go."""
+
+    min_workers: int | None = None  # a lost one is waited for where fewer than these are left; None: num_workers
+    max_workers: int | None = (
+        None  # what Ray has no place for yet waits there, for an autoscaler to see; None: num_workers
+    )
+
+    @property
+    def fewest(self) -> int:
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
+    def most(self) -> int:
+        return self.num_workers if self.max_workers is None else self.max_workers
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from at_least(self, min_workers=1, max_workers=1)
+        if self.fewest > self.most:
+            what = f"at least {self.fewest} workers and at most {self.most}"
+            yield (
+                "max_workers",
+                what,
+                "Raise it, or lower min_workers; num_workers stands for the one that is left out.",
+            )
 
 
 @option("chaos", "faults", builds="llmscale.cluster.chaos:Chaos")
@@ -112,7 +155,7 @@ class ClusterConfig:
     critic: PoolConfig = field(default_factory=PoolConfig)
     reference: PoolConfig = field(default_factory=PoolConfig)
     reward: PoolConfig = field(default_factory=PoolConfig)
-    rollout: PoolConfig = field(default_factory=PoolConfig)
+    rollout: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
 
     @property
     def one_process(self) -> bool:
@@ -131,16 +174,20 @@ class ClusterConfig:
             return self.transport
         if self.one_process:
             return Transport.direct
-        return Transport.broadcast if self.on_gpus and not self.colocated else Transport.object_store
+        together = self.on_gpus and not self.colocated and not self.rollout.is_elastic
+        return Transport.broadcast if together else Transport.object_store
 
     def problems(self) -> Iterator[Problem]:
         yield from at_least(self, threads_per_worker=1, start_timeout_s=1, collective_timeout_s=1)
         yield from at_least(self, stall_timeout_s=1, max_restarts=0, answer_timeout_s=1, progress_timeout_s=1)
         if self.backend is Backend.local:
             for role in RLHF_ROLES:
-                if getattr(self, role).num_workers > 1:
+                if getattr(self, role).most > 1:
                     what = "the local backend runs one worker of each role"
                     yield f"{role}.num_workers", what, "Add cluster=ray, or leave it at 1."
+        if self.rollout.is_elastic and "rollout" in self.colocated:
+            what = "there are as many colocated workers as those whose devices they share"
+            yield "rollout.max_workers", what, "Leave out min_workers and max_workers, or colocated."
         yield from self._unfit_transport()
         yield from self._unfit_colocation()
 
@@ -152,6 +199,9 @@ class ClusterConfig:
             yield "transport", "direct is by hand, and here are several processes", "Leave it out."
         if self.transport in (Transport.object_store, Transport.broadcast) and self.one_process:
             yield "transport", f"{self.transport.value} is between processes, and here is one", "Add cluster=ray."
+        if self.transport is Transport.broadcast and self.rollout.is_elastic:
+            what = "a broadcast has a fixed group, and with min_workers or max_workers rollout workers come and go"
+            yield "transport", what, "Leave it out: weights then wait in Ray's object store for whoever comes."
         if self.transport is Transport.broadcast and self.colocated:
             what = "both ends have to be awake, and colocated roles have the device by turns"
             yield "transport", what, "Leave it out."

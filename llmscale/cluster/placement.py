@@ -43,7 +43,8 @@ class Group:
 
     @property
     def size(self) -> int:
-        return self.any.num_workers
+        """Places that there have to be."""
+        return self.any.fewest
 
     @property
     def place(self) -> Resources:

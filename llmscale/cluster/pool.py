@@ -146,7 +146,7 @@ def opened_pools(
 
     Raises: ClusterError when the cluster lacks the resources.
     """
-    one_each = all(getattr(cluster, name).num_workers == 1 for name in roles)
+    one_each = all(getattr(cluster, name).most == 1 for name in roles)
     if cluster.one_process and one_each:
         from llmscale.cluster.local import LocalPool
 

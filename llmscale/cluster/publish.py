@@ -99,7 +99,7 @@ class Publisher:
     def _wait(self, version: int, num_receivers: int, *calls: Pending) -> None:
         """For calls that wait for each other: the first failure of any, or of those that follow from it the one that knows
         most."""
-        from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S
+        from llmscale.cluster.ray_calls import DEATH_IS_KNOWN_S
 
         errors: SimpleQueue[Exception | None] = SimpleQueue()
         for call in calls:

@@ -58,7 +58,7 @@ def _open(
     event: Event,
 ) -> None:
     configs: dict[str, PoolConfig] = {name: getattr(cluster, name) for name in roles}
-    listed = ", ".join(f"{config.num_workers} {name}" for name, config in configs.items())
+    listed = ", ".join(f"{_range(config)} {name}" for name, config in configs.items())
     print(f"starting Ray and its workers: {listed}", file=sys.stderr, flush=True)
     _connect(cluster, configs)
     groups = placement.groups(cluster, roles)
@@ -71,12 +71,21 @@ def _open(
             pool.started(refs)
 
 
-def _reserved(groups: Sequence[Group], timeout_s: float) -> list[PlacementGroup]:
-    """Raises: ClusterError when somebody else holds what a group needs, and goes on to."""
-    places = [placement_group([dict(g.place)] * g.size, strategy=g.any.placement.value) for g in groups]
+def _range(config: PoolConfig) -> str:
+    return f"{config.fewest} to {config.most}" if config.is_elastic else str(config.num_workers)
+
+
+def _reserved(groups: Sequence[Group], timeout_s: float) -> list[PlacementGroup | None]:
+    """None for elastic pools, whose workers find places one by one, when the others have theirs.
+
+    Raises: ClusterError when somebody else holds what a group needs, and goes on to."""
+    places = [
+        None if g.any.is_elastic else placement_group([dict(g.place)] * g.size, strategy=g.any.placement.value)
+        for g in groups
+    ]
     deadline = time.monotonic() + timeout_s
     for group, place in zip(groups, places, strict=True):
-        if place.wait(PATIENCE_S):
+        if place is None or place.wait(PATIENCE_S):
             continue
         what = placement.lacking(group, ray.available_resources(), ray.cluster_resources())
         print(f"waiting for {group.where}: {what}", file=sys.stderr, flush=True)
@@ -106,7 +115,7 @@ def _connect(cluster: ClusterConfig, configs: dict[str, PoolConfig]) -> None:
             raise ClusterError(what, where="cluster.address", fix=HOW_TO_JOIN) from error
         return
     # On one machine CPUs are shares that we hand out ourselves; GPUs are what is there.
-    wanted = sum(c.num_workers * c.num_cpus for c in configs.values())
+    wanted = sum(c.most * c.num_cpus for c in configs.values())
     with _own_signals():
         ray.init(
             address="local",  # whatever RAY_ADDRESS says

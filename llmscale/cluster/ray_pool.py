@@ -7,6 +7,10 @@ worker's node until somebody asks for it.
 A pool whose workers know nothing of each other *heals*: another worker takes the place of one that is lost, and the call that
 it was at is made again, whole. In the others a lost worker ends the work of all: every call that waits, and every later one,
 raises WorkerLostError, and whoever opened the pool goes back to a checkpoint.
+
+An *elastic* pool begins with `fewest` workers and takes more, up to `most`, as Ray finds places, each when it has what is
+installed: until then they wait in Ray, for which an autoscaler may add nodes. As long as `fewest` are up it does without one
+that is lost, or has not come: nobody waits for its calls. Below that, and so in every other pool, a lost one is waited for.
 """
 
 from __future__ import annotations
@@ -15,9 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -27,10 +29,10 @@ from ray.util.placement_group import PlacementGroup
 
 from llmscale.cluster.config import ClusterConfig, PoolConfig, Transport
 from llmscale.cluster.pool import Doing, Event, Instead, Rest, WorkerPool
-from llmscale.cluster.ray_worker import DEATH_IS_KNOWN_S, TICK_S, Call, Closed, Fault, RayWorker
+from llmscale.cluster.ray_calls import Call, Calls, Parts
+from llmscale.cluster.ray_worker import NODE_LOST, NOWHERE, TICK_S, Closed, Fault, RayWorker
 from llmscale.cluster.restarts import Restarts
-from llmscale.distributed import LOST_CONTACT
-from llmscale.errors import LlmscaleError, SetAsideError, WorkerError, WorkerLostError
+from llmscale.errors import ClusterError, LlmscaleError, SetAsideError, WorkerError, WorkerLostError
 
 HEALING = (
     "reference",
@@ -40,40 +42,23 @@ HEALING = (
 MAX_DEATHS = 3  # of workers over one unit, which is then set aside
 
 
-@dataclass
-class Calls:
-    """One call a worker."""
-
-    tasks: list[Call]
-
-    def wait(self) -> list[Any]:
-        done, waiting = wait(self.tasks, return_when=FIRST_EXCEPTION)
-        for task in self.tasks:
-            if task in done and (error := task.exception()) is not None:
-                raise _first_cause(error, [task for task in self.tasks if task in waiting])
-        return [task.result() for task in self.tasks]
-
-
-@dataclass
-class Parts:
-    """Results of parts that follow each other."""
-
-    calls: Calls
-
-    def wait(self) -> list[Any]:
-        return [result for part in self.calls.wait() for result in part]
-
-
 class RayPool(WorkerPool):
-    """The pool of one role, in one placement group."""
+    """The pool of one role, in one placement group; an elastic one has none."""
 
     ahead = 8
     build: Callable[[], Any]
 
     def __init__(
-        self, role: str, config: PoolConfig, cluster: ClusterConfig, group: PlacementGroup, log_dir: str, event: Event
+        self,
+        role: str,
+        config: PoolConfig,
+        cluster: ClusterConfig,
+        group: PlacementGroup | None,
+        log_dir: str,
+        event: Event,
     ):
-        self.role, self.num_workers, self.group = role, config.num_workers, group
+        self.role, self.group, self.placement = role, group, config.placement
+        self.fewest, self.num_workers = config.fewest, config.most
         self.log_dir, self.event = log_dir, event
         self.threads, self.start_timeout_s = cluster.threads_per_worker, cluster.start_timeout_s
         # Ranks of a supervised stage watch each other, and know more: training/watchdog.py.
@@ -90,12 +75,29 @@ class RayPool(WorkerPool):
 
     @property
     def members(self) -> list[str]:
-        return [worker.actor._actor_id.hex() for worker in self.workers]
+        return [worker.actor._actor_id.hex() for worker in self.workers if worker.is_up]
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.fewest < self.num_workers
+
+    @property
+    def num_up(self) -> int:
+        return sum(worker.is_up for worker in self.workers)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it cannot do without those that are not up."""
+        return self.num_up < self.fewest
 
     def start(self, build: Callable[[], Any]) -> list[ray.ObjectRef]:
         """Begin to build the role on every worker; returns what `started` waits for."""
         self.build = build
-        arrivals = self._get([worker.actor.arrive.remote() for worker in self.workers])
+        if self.is_elastic:
+            for worker in self.workers:
+                worker.thread.start()
+            return []
+        arrivals = self._get([worker.start() for worker in self.workers])
         nodes = [arrival.node for arrival in arrivals]
         # Ranks of a host follow each other, as under torchrun: parallelism within a host counts on it.
         order = sorted(range(self.num_workers), key=lambda i: nodes.index(nodes[i]))
@@ -110,9 +112,13 @@ class RayPool(WorkerPool):
         ]
 
     def started(self, building: list[ray.ObjectRef]) -> None:
-        """Wait until every worker has built its role; from then on they take calls."""
+        """Wait until every worker has built its role, or as many as are needed; from then on they take calls."""
+        if self.is_elastic:
+            self._enough()
+            return
         self._get(building)
         for worker in self.workers:
+            worker.is_up = True
             worker.thread.start()
 
     def call(self, method: Callable[..., Any], *args: Any) -> Calls:
@@ -123,6 +129,7 @@ class RayPool(WorkerPool):
 
     def map(self, method: Callable[..., Any], items: Sequence[Any]) -> Parts:
         # In a row, so that the samples of a prompt, which share it, stay together.
+        assert not self.is_elastic, "a part is for one worker, which may leave"
         cuts = [rank * len(items) // self.num_workers for rank in range(self.num_workers + 1)]
         parts = [list(items[start:stop]) for start, stop in pairwise(cuts)]
         return Parts(Calls([self._add(Call(self, method.__name__, [part], r)) for r, part in enumerate(parts)]))
@@ -136,11 +143,13 @@ class RayPool(WorkerPool):
         return self._add(Call(self, method.__name__, args, instead=instead, rest=rest))
 
     def aside(self, method: Callable[..., Any], *args: Any) -> None:
-        for worker in self.workers:  # a thread each, for one that hangs is not waited for
+        for worker in filter(lambda worker: worker.is_up, self.workers):
+            # A thread each, for one that hangs is not waited for.
             threading.Thread(target=worker.tell, args=(method.__name__, args), daemon=True).start()
 
     def doing(self) -> list[Doing]:
-        return [worker.doing() for worker in self.workers]
+        found = [worker for worker in self.workers if worker.arrival is not NOWHERE]
+        return [worker.doing() for worker in found if worker.is_up or self.is_short]
 
     def num_waiting(self) -> int:
         with self.changed:
@@ -193,13 +202,19 @@ class RayPool(WorkerPool):
             if call is not None:
                 call.set_exception(error)
             self.fail(error)
-        left = self.restarts.take(worker.where, fault.cause)
+        with self.changed:
+            worker.is_up = False
+        may_go = not self.is_short and fault.cause == NODE_LOST  # for hosts come and go
+        left = self.restarts.limit if may_go else self.restarts.take(worker.where, fault.cause)
         is_aside = call is not None and self._once_more(call, worker.where, fault.cause)
         about = {"where": worker.where, "cause": fault.cause, "why": fault.what, **doing}
         self.event("worker_lost", **about, restarts_left=left)
-        if not left and not is_aside:
+        if not left and not is_aside and not may_go:
             what = f"{fault.what}, after {self.restarts.limit} restarts within an hour ({fault.cause})"
             self.fail(WorkerError(what, where=worker.where, fix=f"{worker.fix}. Or raise cluster.max_restarts."))
+        if not self.is_short:
+            self._excuse()
+            self.event("worker_left", where=worker.where, workers=self.num_up)
 
     def fail(self, error: LlmscaleError) -> NoReturn:
         """Take no more work. Raises: Closed, always."""
@@ -218,23 +233,34 @@ class RayPool(WorkerPool):
         others = {w.local_rank for w in self.workers if w is not worker and w.arrival.node == worker.arrival.node}
         return min(set(range(len(others) + 1)) - others), len(others) + 1
 
-    def installed_before(self, worker: RayWorker) -> tuple[str, list[Any]] | None:
-        """The state that a new worker lacks, and that is not among the calls that wait for it."""
+    def join(self, worker: RayWorker) -> tuple[str, list[Any]] | None:
+        """A worker has built its role, and is one of them: calls of all are for it too. Returns the state that it lacks, and
+        that is not among the calls that wait for it."""
         with self.changed:
+            worker.is_up = True
+            self._excuse()
             waits = any((call.method, call.args) == self.installed for call in worker.calls)
             return None if waits else self.installed
+
+    def came(self, worker: RayWorker, cause: str | None, seconds: float) -> None:
+        """It has that state. `cause`: of the loss of the one before."""
+        about = {"where": worker.where, "pid": worker.arrival.pid, "seconds": seconds}
+        if self.is_elastic:
+            self.event("worker_joined", **about, workers=self.num_up)
+        else:
+            self.event("worker_replaced", **about, cause=cause)
+        with self.changed:
+            self.changed.notify_all()
 
     # ---------------------------------------------------------------- inside
 
     def _call(self, method: Callable[..., Any], args: Sequence[Any], keep: bool) -> Calls:
         shared = [ray.put(arg) for arg in args]  # once, not once a worker
-        calls = [Call(self, method.__name__, shared, rank) for rank in range(self.num_workers)]
         with self.changed:  # a worker that comes up now has either both of these or none
             if keep:
                 self.installed = (method.__name__, shared)
-            for call in calls:
-                self._add(call)
-        return Calls(calls)
+            meant = [worker for worker in self.workers if worker.is_up or self.is_short]
+            return Calls([self._add(Call(self, method.__name__, shared, worker.rank)) for worker in meant])
 
     def _add(self, call: Call) -> Call:
         with self.changed:
@@ -244,6 +270,25 @@ class RayPool(WorkerPool):
                 return call
         self._refuse(call)
         return call
+
+    def _excuse(self) -> None:
+        """Nobody waits for workers that the pool can do without."""
+        with self.changed:
+            for worker in self.workers:
+                while worker.calls and not worker.is_up and not self.is_short:
+                    worker.calls.popleft().excuse()
+
+    def _enough(self) -> None:
+        """Raises: ClusterError when not as many as are needed come up; what one of them raised."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.broken or not self.is_short, self.start_timeout_s)
+        if self.broken is not None:
+            raise self.broken
+        if self.is_short:
+            what = f"{self.num_up} workers came up in {self.start_timeout_s:g} s (cluster.start_timeout_s), "
+            what += f"at least {self.fewest} are needed"
+            fix = "Lower min_workers or what each worker gets, or add nodes; `ray status` says what is free."
+            raise ClusterError(what, where=f"cluster.{self.role}.min_workers", fix=fix)
 
     def _waiting(self) -> list[Call]:
         return [*self.queue, *(call for worker in self.workers for call in worker.calls)]
@@ -299,23 +344,3 @@ def _heals(role: str, cluster: ClusterConfig) -> bool:
     and a device of its own: whose turn it is with a shared one, the driver alone knows."""
     broadcast = role == "rollout" and cluster.carried_by is Transport.broadcast
     return role in HEALING and role not in cluster.colocated and not broadcast
-
-
-def _first_cause(error: BaseException, waiting: list[Call]) -> BaseException:
-    """A worker that lost its peers knows less than Ray does of the peer that died; the two are told at about the same
-    time."""
-    if type(error) is not WorkerLostError or not waiting:
-        return error
-    found: list[BaseException] = [error]
-    for call in wait(waiting, timeout=DEATH_IS_KNOWN_S)[0]:
-        with suppress(RayError):
-            other = call.exception()
-            found += [other] if other is not None else []
-    return min(found, key=_ignorance)
-
-
-def _ignorance(error: BaseException) -> int:
-    """Who died, the driver knows best; of the workers, those know least that only lost contact."""
-    if type(error) is not WorkerLostError or error.cause != WorkerLostError.cause:
-        return 0
-    return 2 if error.what.startswith(LOST_CONTACT) else 1

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,10 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayEr
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmscale import phases
-from llmscale.cluster.pool import Doing, Instead, Rest
+from llmscale.cluster.config import Placement
+from llmscale.cluster.pool import Doing
 from llmscale.cluster.pulse import ask
+from llmscale.cluster.ray_calls import DEATH_IS_KNOWN_S, Call
 from llmscale.cluster.shell import Arrival, Place, Shell
 from llmscale.errors import LlmscaleError, WorkerError, WorkerLostError
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 DIED, HUNG, NODE_LOST, LATE = "died", "hung", "node lost", "late"  # the causes of a fault
 COMING_UP = "coming up"
 TICK_S = 1.0  # between two looks at a worker
-DEATH_IS_KNOWN_S = 5.0  # after its last connection has closed
+NOWHERE = Arrival("", "", 0, ("", 0), "")  # of one that has not arrived yet
 
 
 class Closed(Exception):
@@ -45,70 +46,28 @@ class Fault(Exception):
     what: str
 
 
-class Call(Future[Any]):
-    """A call of a worker. It holds where the result lies; `result` fetches it."""
-
-    def __init__(
-        self,
-        pool: RayPool,
-        method: str,
-        args: Sequence[Any],
-        rank: int | None = None,
-        instead: Instead | None = None,
-        rest: Rest | None = None,
-    ):
-        """`rank`: the one worker that it is for; None: any, for it is a unit."""
-        super().__init__()
-        self.pool, self.method, self.args, self.rank = pool, method, args, rank
-        self.instead, self.rest = instead, rest
-        self.victims: list[tuple[str, str]] = []  # workers that were lost while they were at it, and how
-        self._again: Call | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def refs(self) -> list[Any]:
-        """The arguments as the worker takes them: of a unit of another pool, where its result lies."""
-        return [arg.newest.ref if isinstance(arg, Call) else arg for arg in self.args]
-
-    @property
-    def ref(self) -> ray.ObjectRef:
-        return super().result()
-
-    @property
-    def newest(self) -> Call:
-        """This call, or the one that made its result again."""
-        return self if self._again is None else self._again.newest
-
-    def result(self, timeout: float | None = None) -> Any:
-        super().result(timeout)
-        while True:
-            newest = self.newest
-            try:
-                return ray.get(newest.ref)
-            except ObjectLostError:  # with the node that held it
-                newest.make_again()
-
-    def make_again(self) -> None:
-        with self._lock:
-            if self._again is None:
-                self._again = self.pool.submit_again(self)
-
-
 class RayWorker:
     """The one of a pool with this rank, whichever process that is."""
 
-    local_rank: int
-    arrival: Arrival
+    local_rank = 0
+    arrival = NOWHERE
+    actor: Any = None
+    is_up = False  # holds the role, and is given calls
 
     def __init__(self, pool: RayPool, bundle: int):
-        """`bundle`: its place in the pool's placement group."""
+        """`bundle`: its place in the pool's placement group, where it has one."""
         self.pool, self.bundle = pool, bundle
         self.rank = bundle  # until it is known which share a node
         self.calls: deque[Call] = deque()  # for this worker alone; they come before any unit
-        self.actor = self._new_actor()
         self.method, self.since_s, self.moved_s, self.inside = "", time.monotonic(), 0.0, ""
         self.raised: tuple[float, str] | None = None
         self.thread = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self) -> ray.ObjectRef:
+        """Begin a new process, in place of the one before; returns its Arrival to be."""
+        self.kill()
+        self.actor = self._new_actor()
+        return self.actor.arrive.remote()
 
     def build(self, size: int, local_rank: int, local_size: int, master: tuple[str, int]) -> ray.ObjectRef:
         """Begin to build the role."""
@@ -129,7 +88,8 @@ class RayWorker:
 
     def kill(self) -> None:
         with suppress(RayError, ValueError):  # it may be gone, and Ray too
-            ray.kill(self.actor)
+            if self.actor is not None:
+                ray.kill(self.actor)
 
     @property
     def where(self) -> str:
@@ -154,13 +114,17 @@ class RayWorker:
     def _new_actor(self) -> Any:
         pool = self.pool
         variables = {"OMP_NUM_THREADS": str(pool.threads), "TOKENIZERS_PARALLELISM": "false"}
-        place = PlacementGroupSchedulingStrategy(pool.group, placement_group_bundle_index=self.bundle)
+        place: Any = "SPREAD" if pool.placement is Placement.spread else "DEFAULT"
+        if pool.group is not None:
+            place = PlacementGroupSchedulingStrategy(pool.group, placement_group_bundle_index=self.bundle)
         options = {"scheduling_strategy": place, "runtime_env": {"env_vars": variables}, **pool.resources}
         return ray.remote(Shell).options(**options).remote()
 
     def _serve(self) -> None:
         call: Call | None = None
         try:
+            if not self.is_up:
+                self._come_up()
             while True:
                 call = self.pool.next_call(self)
                 try:
@@ -269,29 +233,36 @@ class RayWorker:
         """Raises: Closed, when the pool cannot go on without this worker."""
         if self.pool.closed:
             raise Closed
-        since_s = time.monotonic()
         self.pool.lost(self, call, fault)
+        self._come_up(fault)
+
+    def _come_up(self, fault: Fault | None = None) -> None:
+        """As one more, or after a fault in the place of another. Raises: Closed."""
+        since_s = time.monotonic()
         while True:
             try:
                 with self._at(COMING_UP):
-                    self._replace()
+                    self._begin()
                 break
             except Fault as again:
                 self.pool.lost(self, None, fault := again)
             except RayTaskError as error:  # the role cannot be built: no fault of the machines
                 self.pool.fail(self.explained(error))
-        seconds = round(time.monotonic() - since_s, 2)
-        self.pool.event("worker_replaced", where=self.where, cause=fault.cause, pid=self.arrival.pid, seconds=seconds)
+        self.pool.came(self, fault.cause if fault is not None else None, round(time.monotonic() - since_s, 2))
 
-    def _replace(self) -> None:
+    def _begin(self) -> None:
         """Raises: Fault, RayTaskError, Closed."""
-        pool = self.pool
-        self.kill()
-        self.actor = self._new_actor()
-        self.arrival = self._watch(self.actor.arrive.remote(), pool.start_timeout_s)
+        pool, arriving = self.pool, self.start()
+        while True:
+            try:
+                self.arrival = self._watch(arriving, pool.start_timeout_s)
+                break
+            except Fault as fault:
+                if fault.cause != LATE or pool.is_short:
+                    raise
         local_rank, local_size = pool.place_of(self)
         # Nobody meets at this port: the workers of a pool that heals know nothing of each other.
         self._watch(self.build(pool.num_workers, local_rank, local_size, self.arrival.pulse), pool.start_timeout_s)
-        if (installed := pool.installed_before(self)) is not None:
+        if (installed := pool.join(self)) is not None:
             ended, _ = self.actor.call.options(num_returns=2).remote(*installed)
             self._watch(ended)

@@ -56,7 +56,7 @@ def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
     """Raises: ConfigError where config and launch do not fit each other."""
     roles = roles_of(config)
     pools: dict[str, PoolConfig] = {role: getattr(config.cluster, role) for role in roles}
-    workers = {role: pool.num_workers for role, pool in pools.items()}
+    workers = {role: pool.most for role, pool in pools.items()}
     if not isinstance(launch, NodesLaunch):
         places = {role: [0] for role in roles}
         cpus, gpus = math.ceil(_total(pools.values(), "num_cpus")), math.ceil(_total(pools.values(), "num_gpus"))
@@ -159,7 +159,7 @@ def _given(launch: NodesLaunch, cpus: list[int], gpus: list[int]) -> tuple[list[
 
 
 def _total(pools: Iterable[PoolConfig], name: str) -> float:
-    return sum(pool.num_workers * getattr(pool, name) for pool in pools)
+    return sum(pool.most * getattr(pool, name) for pool in pools)
 
 
 def _alike(amounts: list[int]) -> int | list[int]:

@@ -193,7 +193,7 @@ class RlhfRun:
     def pools(self) -> Iterator[Mapping[str, WorkerPool]]:
         started = time.perf_counter()
         with opened_roles(self.config, self.directory, self.config.roles, self.tracker) as pools:
-            workers = {name: pool.num_workers for name, pool in pools.items()}
+            workers = {name: len(pool.members) for name, pool in pools.items()}
             self.tracker.event("pools_up", workers=workers, seconds=round(time.perf_counter() - started, 2))
             timeout_s = self.config.cluster.progress_timeout_s
             watch = ProgressWatch(pools, timeout_s, lambda text: self.tracker.event("stalled", why=text))
@@ -283,7 +283,7 @@ def plan(config: RlhfConfig) -> dict[str, Any]:
         "epochs": config.algorithm.num_epochs,
         "optimizer_steps": config.training.num_steps * config.algorithm.num_epochs * minibatches_per_epoch,
         "micro_batch_size": config.engine.micro_batch_size,
-        "workers": {name: getattr(config.cluster, name).num_workers for name in config.roles},
+        "workers": {name: getattr(config.cluster, name).fewest for name in config.roles},
         "parameters": num_parameters(policy),
         "trained_parameters": num_parameters(policy, trained_only=True),
         **staleness_plan(config),

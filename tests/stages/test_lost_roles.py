@@ -166,6 +166,49 @@ def test_damaged_weights_and_a_full_disk_change_nothing(
         assert "no space is left on the disk" in run.log.read_text()
 
 
+GATE = """
+import time
+from pathlib import Path
+
+def reward(prompt, completion, fields):
+    while (Path(__file__).parent / "closed").exists():
+        time.sleep(0.1)
+    return -len(completion)
+"""
+
+
+@pytest.mark.slow  # the parts are in tests/cluster/test_elastic.py
+def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, tmp_path: Path) -> None:
+    """One rollout worker, two, one; the reward keeps the run from being over before a node has come."""
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "mine.py").write_text(GATE)
+    closed, seat = tmp_path / "closed", {"seat": 1.0}
+    own = ["reward=function", f"reward.path={tmp_path}/mine.py:reward", f"critic.path={chain}/demo/sft"]
+    succeed(arguments("rlhf", tmp_path / "one", *from_chain("rlhf", chain), *LONGER, *own), tmp_path / "one.log")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "resources": seat, "include_dashboard": False})
+    elastic = [f"cluster.address={nodes.address}", "cluster.rollout.num_workers=1", "cluster.rollout.max_workers=2"]
+    (tmp_path / "two").mkdir()
+    try:
+        with disturbed(chain, tmp_path / "two", *own, *elastic, "cluster.rollout.resources={seat: 1}") as run:
+            run.until_step(3)
+            closed.touch()
+            node = nodes.add_node(num_cpus=2, resources=seat)
+            run.until(lambda: len(run.events("worker_joined")) == 2)
+            closed.unlink()
+            run.until_step(7)
+            closed.touch()
+            nodes.remove_node(node, allow_graceful=False)
+            run.until(lambda: len(run.events("worker_left")) == 1)
+            closed.unlink()
+            assert run.process.wait(DEADLINE_S) == 0, run.log.read_text()
+    finally:
+        nodes.shutdown()
+    assert_undisturbed(run.run_dir, tmp_path / "one" / "demo" / "rlhf")
+    assert not run.events("worker_replaced") and not run.events("resumed")
+    assert_nothing_left()
+
+
 CHAOS = ["chaos=all", "chaos.seed=11", "chaos.every_s=2", "chaos.delay_s=1", "cluster.max_restarts=20"]
 
 
