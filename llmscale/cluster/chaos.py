@@ -68,8 +68,11 @@ class Chaos:
 
     def _fill(self) -> None:
         self.event("chaos", action="fill", where=str(self.run_dir))
-        with filled(self.run_dir):
-            self.closed.wait(self.config.delay_s)
+        try:
+            with filled(self.run_dir):
+                self.closed.wait(self.config.delay_s)
+        except OSError as error:
+            self.event("chaos_failed", action="fill", where=str(self.run_dir), why=str(error))
 
     def _corrupt(self, fault: Planned) -> None:
         workers = self.pools[fault.role].doing()
