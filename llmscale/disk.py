@@ -19,6 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 IN_WORDS = ("No space left on device", "Disk quota exceeded")
 
 T = TypeVar("T")
+_in_vain: set[Path] = set()  # directories that were waited for
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -47,7 +48,8 @@ def explaining_full(directory: Path) -> Iterator[None]:
 
 def patiently(write: Callable[[], T], directory: Path, told: Callable[[float], None] = lambda seconds: None) -> T:
     """`write`, and the whole of it again for as long as the disk of `directory` is full, at most PATIENCE_S. `told` hears how
-    long that was, when it is over.
+    long that was, when it is over. After a wait in vain nothing is waited for until a write has gone well: a run that ends
+    for want of space ends soon.
 
     Raises: what `write` raised last.
     """
@@ -56,16 +58,18 @@ def patiently(write: Callable[[], T], directory: Path, told: Callable[[float], N
         try:
             result = write()
         except Exception as error:
-            if not is_full(error):
+            if not is_full(error) or directory in _in_vain:
                 raise
             if started is None:
                 started = time.monotonic()
                 what = f"no space is left on the disk of {directory}: waiting for some, at most {PATIENCE_S:.0f} s"
                 print(what, file=sys.stderr, flush=True)
             elif time.monotonic() - started > PATIENCE_S:
+                _in_vain.add(directory)
                 raise
             time.sleep(PAUSE_S)
         else:
+            _in_vain.discard(directory)
             if started is not None:
                 told(round(time.monotonic() - started, 2))
             return result

@@ -68,14 +68,17 @@ class Chaos:
 
     def _fill(self) -> None:
         self.event("chaos", action="fill", where=str(self.run_dir))
-        with filled(self.run_dir):
-            self.closed.wait(self.config.delay_s)
+        try:
+            with filled(self.run_dir):
+                self.closed.wait(self.config.delay_s)
+        except OSError as error:
+            self.event("chaos_failed", action="fill", where=str(self.run_dir), why=str(error))
 
     def _corrupt(self, fault: Planned) -> None:
         workers = self.pools[fault.role].doing()
-        rank = int(fault.share * len(workers))
-        self.event("chaos", action="corrupt", where=workers[rank].where)
-        self.pools[fault.role].call(Intake.flip_next, rank, fault.share)  # it does so when it is done with its unit
+        where = workers[int(fault.share * len(workers))].where
+        self.event("chaos", action="corrupt", where=where)
+        self.pools[fault.role].call(Intake.flip_next, where, fault.share)  # it does so when it is done with its unit
 
     def _hit(self, fault: Planned) -> None:
         # Here, for Ray reads its environment when it is first imported; by now the pools are open.

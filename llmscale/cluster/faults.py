@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NET_ADMIN = 12  # the number of the capability, see capabilities(7)
-MOST_FILLED_BYTES = 1 << 30  # a disk with more free space than this is not filled: it is likely not the run's alone
+MOST_FILLED_BYTES = 1 << 30  # a larger disk is not filled: it is likely not the run's alone
 
 
 def hurt(pid: int, action: str, delay_s: float) -> None:
@@ -75,7 +75,7 @@ def filled(directory: Path) -> Iterator[int]:
 def cannot_fill(directory: Path) -> str | None:
     """Why the disk of a directory, which need not be there yet, is not filled; None where it may be."""
     there = next(path for path in (directory, *directory.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free <= MOST_FILLED_BYTES:
+    size = shutil.disk_usage(there).total
+    if size <= MOST_FILLED_BYTES:
         return None
-    return f"{free / 1e9:.0f} GB are free on the disk of {directory}, which others may use too"
+    return f"the disk of {directory} has {size / 1e9:.0f} GB, so that others may use it too"

@@ -37,10 +37,10 @@ class Intake:
                     raise
         raise AssertionError("unreachable")
 
-    def flip_next(self, rank: int, at: float) -> None:
-        """A fault on purpose: in the worker of this rank one bit of what arrives next is flipped, once. `at`: where in its
+    def flip_next(self, where: str, at: float) -> None:
+        """A fault on purpose: in this worker (`rollout 1`) one bit of what arrives next is flipped, once. `at`: where in its
         first bucket, 0..1."""
-        if distributed.world_from_environment().rank == rank:
+        if where == f"rollout {distributed.world_from_environment().rank}":
             self.flip_at = at
 
     def _flipped(self, buckets: Sequence[WeightBucket]) -> Sequence[WeightBucket]:

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmscale.disk import patiently
-from llmscale.errors import DataError, RunError
+from llmscale.disk import is_full, patiently
+from llmscale.errors import DataError, DiskFullError, LlmscaleError, RunError
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 
@@ -71,7 +71,8 @@ class RecordFile:
     returns, and the disk after `sync` or `close`. Opened again, it loses half a record at its end and every record that is
     not `is_kept`.
 
-    Raises: RunError when it cannot be written, DataError when it is damaged before its last line.
+    Raises: DiskFullError when there was no space for too long, RunError when it cannot be written, DataError when it is damaged
+    before its last line.
     """
 
     def __init__(self, path: Path, is_kept: Callable[[Mapping[str, Any]], bool] = lambda record: True):
@@ -114,16 +115,22 @@ class RecordFile:
         while self._pending:
             self._pending = self._pending[self._file.write(self._pending) :]
 
-    def _not_writable(self, error: OSError) -> RunError:
+    def _not_writable(self, error: OSError) -> LlmscaleError:
         fix = "Free some space or choose another run directory; the same command then resumes."
-        return RunError(f"cannot write the run's records: {error}", where=str(self.path.parent), fix=fix)
+        kind = DiskFullError if is_full(error) else RunError
+        return kind(f"cannot write the run's records: {error}", where=str(self.path.parent), fix=fix)
 
 
 def append_event(directory: Path, kind: str, **details: Any) -> None:
     """One event in the file of a run whose own tracker is gone, as after the death of the process that had it."""
-    _cut(directory / EVENTS, lambda record: True)
-    with (directory / EVENTS).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(_to_line({"time_s": _now_s(), "kind": kind, **details}))
+    line = _to_line({"time_s": _now_s(), "kind": kind, **details})
+
+    def write() -> None:
+        _cut(directory / EVENTS, lambda record: True)  # half a line too, that this may have left
+        with (directory / EVENTS).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(line)
+
+    patiently(write, directory)
 
 
 def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:

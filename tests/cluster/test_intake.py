@@ -74,8 +74,8 @@ def test_a_fault_on_purpose_is_one_bit_of_one_worker_once(at: float, monkeypatch
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     role = Role()
-    role.flip_next(0, at)  # another one
+    role.flip_next("rollout 0", at)  # another one
     assert role.load_weights(1, [sent]) == 0
-    role.flip_next(1, at)
+    role.flip_next("rollout 1", at)
     assert role.load_weights(2, [sent]) == 1 and role.held() == digest
     assert role.load_weights(3, [sent]) == 0

@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.hosts.network import Host
 from tests.stages.runs import TINY, arguments, num_lines, records, succeed
 from tests.stages.test_lost_workers import assert_undisturbed
 
-pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.parametrize("hosts", [3], indirect=True)]
+pytestmark = [pytest.mark.hosts, pytest.mark.parametrize("hosts", [3], indirect=True)]
 
 STEPS, PROMPTS = 60, 16
 LONG = [*TINY["rlhf"], f"training.num_steps={STEPS}", "training.save_every_steps=5", "training.eval_every_steps=30"]
@@ -34,6 +35,29 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in records(file) if e["kind"] == kind] if num_lines(file) else []
 
 
+def test_a_host_is_cut_off_and_comes_back_by_itself(hosts: Sequence[Host], tmp_path: Path) -> None:
+    """From outside nothing is refused; inside, only the others are gone."""
+    first, second, *_ = hosts
+    server = second.start("exec python -m http.server 8000", tmp_path / "server")
+    get = f"python -c \"import urllib.request as r; r.urlopen('http://{second.address}:8000', timeout=2)\""
+    logs = count()
+
+    def answers(host: Host) -> bool:
+        return exit_codes([host.start(get, tmp_path / f"get-{next(logs)}")]) == [0]
+
+    try:
+        wait_for(lambda: answers(first), [server], tmp_path / "server")
+        cut = f"python -c \"from llmscale.cluster.faults import cut; cut('{second.address}', 10)\""
+        assert exit_codes([second.start(cut, tmp_path / "cut")]) == [0], (tmp_path / "cut").read_text()
+        assert not answers(first) and answers(second)
+        assert "timed out" in (tmp_path / f"get-{next(logs) - 2}").read_text()
+        wait_for(lambda: answers(first), [server], tmp_path / "server")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [0, 1, 4])
 def test_the_demo_ends_whatever_happens(
     bound: int, drive: Drive, join: Join, hosts: Sequence[Host], chain: Path, tmp_path: Path
