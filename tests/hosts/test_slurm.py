@@ -242,6 +242,10 @@ def test_a_sweep_is_one_array_whose_jobs_are_runs_of_their_own(cluster: Slurm) -
     first, second = (records(run / "metrics.jsonl")[0]["train/loss"] for run in runs)
     assert first != second
     assert [place["state"] for place in json.loads(cluster.run(command).splitlines()[-1])] == ["done", "done"]
+    table = cluster.run(
+        shlex.join(["llmscale", "pretrain", *(word for word in words if word not in ("launch=slurm", "--json"))])
+    )
+    assert "(finished before)" in table and "sweep.json" in table
 
 
 @pytest.mark.slow
