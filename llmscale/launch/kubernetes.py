@@ -4,6 +4,7 @@ wrong is one line; what may pass (429, 5xx, an answer that breaks off or does no
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -173,15 +174,15 @@ class _Cluster:
     def __init__(self, place: Place):
         try:
             from kubernetes import client, config
-            from kubernetes.config.config_exception import ConfigException
         except ImportError as error:
             what = "the client of Kubernetes is not installed"
             raise ClusterError(what, where="launch", fix="pip install 'llmscale[k8s]'") from error
         self.place = place
         self.error: type[Exception] = client.ApiException
         try:
-            api = config.new_client_from_config(context=place.context, persist_config=False)
-        except ConfigException as error:
+            file = os.environ.get("KUBECONFIG") or "~/.kube/config"
+            api = config.new_client_from_config(file, place.context, persist_config=False)
+        except Exception as error:  # ConfigException as a rule; a file that is broken may raise anything
             where = "launch" if place.context is None else "launch.context"
             fix = "Set KUBECONFIG, or name one of `kubectl config get-contexts`; --print needs no cluster."
             raise ClusterError(f"no cluster is configured here: {_line(error)}", where=where, fix=fix) from error
@@ -215,7 +216,7 @@ class _Cluster:
 
         def whole(**given: Any) -> str:
             answer: Any = self.core.read_namespaced_pod_log(**given, timestamps=True, _preload_content=False)
-            return str(answer.data.decode(errors="replace"))
+            return str(answer.read().decode(errors="replace"))
 
         where = {"namespace": self.place.namespace, "name": pod}
         return str(self._ask("read the logs of", whole, **where, if_missing=""))

@@ -98,13 +98,13 @@ def _submit(request: Request, arguments: argparse.Namespace) -> int:
     config: StageConfig = compose(request.stage, [*plugins, *request.overrides], request.config_dir)
     planned = plan(config, launch)
     run_dir = config.run_dir.absolute()
-    if arguments.dry_run:
-        return _print(described(planned, launch, config), arguments.json)
-    if isinstance(launch, ScriptLaunch) and launch.secrets_file is not None:
-        _check_secrets(Path(launch.secrets_file))
     where = run_dir
     if isinstance(launch, KubernetesLaunch):
         where = Path(run_dir_in_pod(PurePosixPath(config.run_dir), launch))
+    if arguments.dry_run:
+        return _print(described(planned, launch, config, where), arguments.json)
+    if isinstance(launch, ScriptLaunch) and launch.secrets_file is not None:
+        _check_secrets(Path(launch.secrets_file))
     touches = not arguments.print
     if touches and (found := read_result(run_dir)) is not None:
         return _finished(run_dir, config, found, arguments.json)
