@@ -1,5 +1,5 @@
-"""A stand-in for an API server of Kubernetes, over HTTP on loopback: objects of two kinds, pods and their logs. It can be told to
-answer the next requests otherwise, and it keeps what it was asked."""
+"""A stand-in for an API server of Kubernetes, over HTTP on loopback: objects of two kinds, pods and their logs. It can be told
+to answer the next requests otherwise, and it keeps what it was asked."""
 
 from __future__ import annotations
 
