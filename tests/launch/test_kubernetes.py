@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from llmscale.cli import main
+from llmscale.errors import ClusterError, RunError
 from llmscale.launch import kubernetes, logs
 from llmscale.launch.attempts import begin, end
+from tests.launch import api_server
 from tests.launch.api_server import BREAKS, SLOW, Cluster, serving
 
 WORDS = ["rlhf", "experiment=demo", "launch=kubernetes", "launch.image=registry.example/llmscale:1"]
@@ -127,31 +129,34 @@ def test_logs_are_followed_until_the_run_has_ended(
 
 
 @pytest.mark.parametrize(
-    ("stage", "status", "state", "reason"),
+    ("kind", "status", "state", "reason"),
     [
-        ("rlhf", {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "done", ""),
-        ("rlhf", {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "failed", ""),
-        ("rlhf", {"jobDeploymentStatus": "Failed", "reason": "AppFailed", "message": "a\nb"}, "failed", "AppFailed: a"),
-        ("rlhf", {"jobDeploymentStatus": "Suspended"}, "queued", "suspended"),
-        ("rlhf", {"jobDeploymentStatus": "Retrying"}, "queued", "started again"),
-        ("rlhf", {}, "queued", "ImagePullBackOff: no such image"),
-        ("sft", {"conditions": [{"type": "Completed", "status": "True"}]}, "done", ""),
-        ("sft", {"conditions": [{"type": "Failed", "status": "True", "message": "rule 2"}]}, "failed", "rule 2"),
-        ("sft", {"conditions": [{"type": "Suspended", "status": "True"}]}, "queued", "suspended"),
-        ("sft", {"conditions": [{"type": "Suspended", "status": "False"}]}, "queued", "ImagePullBackOff"),
-        ("sft", {"replicatedJobsStatus": [{"name": "run", "ready": 2}]}, "running", ""),
+        ("RayJob", {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "done", ""),
+        ("RayJob", {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "failed", ""),
+        ("RayJob", {"jobDeploymentStatus": "Failed", "reason": "Why", "message": "a\nb"}, "failed", "Why: a"),
+        ("RayJob", {"jobDeploymentStatus": "Suspended"}, "queued", "suspended"),
+        ("RayJob", {"jobDeploymentStatus": "Retrying"}, "queued", "started again"),
+        ("RayJob", {}, "queued", "ImagePullBackOff: no such image"),
+        ("JobSet", {"conditions": [{"type": "Completed", "status": "True"}]}, "done", ""),
+        ("JobSet", {"conditions": [{"type": "Failed", "status": "True", "message": "rule 2"}]}, "failed", "rule 2"),
+        ("JobSet", {"conditions": [{"type": "Suspended", "status": "True"}]}, "queued", "suspended"),
+        ("JobSet", {"conditions": [{"type": "Suspended", "status": "False"}]}, "queued", "ImagePullBackOff"),
+        ("JobSet", {"replicatedJobsStatus": [{"name": "run", "ready": 2}]}, "running", ""),
     ],
 )
 def test_what_the_cluster_says_is_the_state(
-    stage: str, status: dict[str, Any], state: str, reason: str, cluster: Cluster, llmscale: Verb
+    kind: str, status: dict[str, Any], state: str, reason: str, cluster: Cluster
 ) -> None:
-    llmscale("submit", *(WORDS if stage == "rlhf" else SFT))
-    cluster.only()["status"] = status
+    cluster.objects[f"{kind.lower()}s/trial"] = an_object(kind) | {"status": status}
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
     container = {"name": "x", "image": "i", "imageID": "", "ready": False, "restartCount": 0, "state": waiting}
-    cluster.add_pod(f"{pods_of(cluster)}.0", "head", "Pending", containerStatuses=[container])
-    found = json.loads(llmscale("status", f"runs/demo/{stage}", "--json"))
-    assert found["state"] == state and reason in found["reason"]
+    cluster.add_pod("trial.0", "head", "Pending", containerStatuses=[container])
+    found = kubernetes.state_of(kubernetes.Place(kind, "trial", "llmscale", None))
+    assert found is not None and found.state == state and reason in found.reason
+
+
+def an_object(kind: str = "RayJob", namespace: str = "llmscale") -> dict[str, Any]:
+    return {"kind": kind, "metadata": {"name": "trial", "namespace": namespace, "annotations": {}}, "spec": {}}
 
 
 def test_the_run_directory_is_the_truth_where_it_is_seen(cluster: Cluster, llmscale: Verb) -> None:
@@ -175,8 +180,7 @@ def test_what_has_ended_gives_way_to_the_next_and_what_works_does_not(cluster: C
     assert [r.partition(" ")[0] for r in cluster.asked[-4:]] == ["GET", "DELETE", "GET", "POST"]
     cluster.only()["status"] = {"jobDeploymentStatus": "Running"}
     assert "is running already" in llmscale("resume", RUN, exit_code=2)
-    name = pods_of(cluster)
-    with pytest.raises(kubernetes.RunError, match=f"is there already, of run {name}"):
+    with pytest.raises(RunError, match=f"is there already, of run {pods_of(cluster)}"):
         kubernetes.submit(cluster.only(), None)
 
 
@@ -184,39 +188,57 @@ def test_what_has_ended_gives_way_to_the_next_and_what_works_does_not(cluster: C
 
 
 @pytest.mark.parametrize(
-    ("answers", "words", "says"),
+    ("answers", "where", "says"),
     [
-        ([401], [], "launch.context: the API server at http://127.0.0.1:"),
-        ([], ["launch.context=stranger"], "Log in again"),
-        ([], ["launch.context=nowhere"], "launch.context: no cluster is configured here"),
-        ([403], [], "launch.namespace: you may not get a RayJob in namespace llmscale (403: as planned)"),
-        ([0, 404], [], "the cluster knows no RayJob (404)"),
-        ([], ["launch.namespace=other"], "there is no namespace other"),
-        ([0, 409], [], "run.name: llmscale/RayJob/demo-rlhf-"),
-        ([0, 422], [], "the cluster refuses to create llmscale/RayJob/demo-rlhf-"),
-        ([429, 429, 429], [], "answers 429 to 3 tries"),
-        ([500, 500, 500], [], "answers 500 to 3 tries"),
-        ([SLOW, SLOW, SLOW], [], "does not answer"),
-        ([BREAKS, BREAKS, BREAKS], [], "does not answer"),
+        ([401], "launch.context", "does not know you (401)"),
+        ([403], "launch.namespace", "you may not get a RayJob in namespace llmscale (403: as planned)"),
+        ([0, 404], "launch", "the cluster knows no RayJob (404)"),
+        ([0, 422], "launch", "the cluster refuses to create llmscale/RayJob/trial (422: as planned)"),
+        ([429, 429, 429], "launch.context", "answers 429 to 3 tries"),
+        ([500, 500, 500], "launch.context", "answers 500 to 3 tries"),
+        ([SLOW, SLOW, SLOW], "launch.context", "does not answer"),
+        ([0, 0, BREAKS, BREAKS, BREAKS], "launch.context", "does not answer"),
     ],
 )
 def test_what_the_server_refuses_is_one_line(
-    answers: list[int], words: list[str], says: str, cluster: Cluster, llmscale: Verb, monkeypatch: pytest.MonkeyPatch
+    answers: list[int], where: str, says: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kubernetes, "TIMEOUT_S", 0.3)
-    if BREAKS in answers:  # half of an object
-        llmscale("submit", *WORDS)
+    monkeypatch.setattr(api_server, "SLOW_S", 0.6)
     cluster.next_answers = list(answers)
-    verb = ["status", RUN] if BREAKS in answers else ["submit", *WORDS, *words]
-    printed = llmscale(*verb, exit_code=3)
-    assert says in printed and printed.startswith("error: ") and len(printed.splitlines()) <= 2
-    assert not cluster.next_answers
+    with pytest.raises(ClusterError) as caught:
+        kubernetes.submit(an_object(), None)
+        kubernetes.state_of(kubernetes.Place("RayJob", "trial", "llmscale", None))
+    error = caught.value
+    assert (error.where, error.exit_code) == (where, 3) and says in error.what and "\n" not in error.what
+    assert error.fix or answers[-1] == 422
+
+
+def test_a_context_or_namespace_that_there_is_not_is_named(cluster: Cluster, llmscale: Verb) -> None:
+    for word, says in [
+        ("context=stranger", "launch.context: the API server at http://127.0.0.1:"),
+        ("context=nowhere", "launch.context: no cluster is configured here"),
+        ("namespace=other", "launch.namespace: there is no namespace other"),
+    ]:
+        printed = llmscale("submit", *WORDS, f"launch.{word}", exit_code=3)
+        assert printed.startswith(f"error: {says}") and len(printed.splitlines()) == 2
+
+
+def test_an_object_whose_answer_was_lost_is_ours_and_that_of_another_is_not(cluster: Cluster) -> None:
+    ours = an_object()
+    ours["metadata"]["annotations"]["llmscale/run-id"] = "Trial"
+    cluster.next_answers = [0, BREAKS]
+    assert str(kubernetes.submit(ours, "here")) == "llmscale/RayJob/trial@here" and len(cluster.asked) == 4
+    cluster.next_answers = [404]  # it comes between our look and our try
+    with pytest.raises(RunError, match="is there already, of run Trial") as caught:
+        kubernetes.submit(an_object(), None)
+    assert caught.value.where == "run.name"
 
 
 @pytest.mark.parametrize("answers", [[429, 500], [0, 503, 429]])
-def test_what_passes_is_tried_again(answers: list[int], cluster: Cluster, llmscale: Verb) -> None:
+def test_what_passes_is_tried_again(answers: list[int], cluster: Cluster) -> None:
     cluster.next_answers, cluster.retry_after_s = list(answers), "0"
-    llmscale("submit", *WORDS)
+    kubernetes.submit(an_object(), None)
     assert len(cluster.asked) == 4 and cluster.only()["kind"] == "RayJob"
 
 
@@ -232,7 +254,7 @@ def test_without_a_cluster_or_its_client_it_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llmscale: Verb
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in (None, "nothing", "broken"):
+    for file in (None, "broken"):
         monkeypatch.delenv("KUBECONFIG", raising=False)
         if file is not None:
             Path("broken").write_text("clusters: 7\n")

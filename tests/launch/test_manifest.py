@@ -117,7 +117,7 @@ def configs() -> dict[str, Any]:
     overrides=st.lists(TEXT.map(lambda text: f"prompt={text}"), max_size=2),
     run_id=TEXT,
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, phases=QUICK)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, phases=QUICK)
 def test_any_valid_config_is_one_that_a_cluster_takes(
     configs: dict[str, Any], launch: KubernetesLaunch, stage: str, workers: int, gpus: float, overrides: list[str],
     run_id: str,
