@@ -38,7 +38,7 @@ SUMMARY = {
 VERBS = {  # what takes arguments of its own instead of a config
     "checkpoint": ("llmscale.stages.checkpoints:run", "list, verify, export or pin the checkpoints of a run"),
     "inspect": ("llmscale.stages.inspection:run", "what became of the draws of an RLHF run, and what happened to it"),
-    "submit": ("llmscale.launch.submit:run", "start a stage on Slurm, or detached on this machine"),
+    "submit": ("llmscale.launch.submit:run", "start a stage on Slurm or Kubernetes, or detached on this machine"),
     "status": ("llmscale.launch.verbs:status", "how a run is"),
     "logs": ("llmscale.launch.verbs:logs", "what the processes of a run have written"),
     "cancel": ("llmscale.launch.verbs:cancel", "end a run, on whatever machine it is"),

@@ -42,6 +42,7 @@ ONLY_IN = {
     "deepspeed": "llmscale/engine/deepspeed.py",
     "vllm": "llmscale/rollout/vllm.py",
     "wandb": "llmscale/tracking/wandb.py",
+    "kubernetes": "llmscale/launch/kubernetes.py",
 }
 REFERENCE = re.compile(r"(llmscale(?:\.\w+)+):\w+")  # `module:Class`, as options name what they build
 

@@ -142,7 +142,7 @@ class KubernetesLaunch(NodesLaunch):
     namespace: str = "llmscale"
     volume: str = "llmscale-runs"  # a PersistentVolumeClaim that many nodes may write to
     folder: str = "/work"  # where the pods have it, and work: relative paths of the command lie there
-    secret: str | None = None  # a Secret; its entries are variables in the environment of every pod
+    secrets: str | None = None  # a Secret; its entries are variables in the environment of every pod
     queue: str | None = None  # a LocalQueue of Kueue
     service_account: str | None = None  # null: the namespace's default one; its token is in no pod
     node_selector: dict[str, str] = field(default_factory=dict)  # labels of the nodes
@@ -153,7 +153,7 @@ class KubernetesLaunch(NodesLaunch):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from at_least(self, head_cpus=1)
-        for key in ("namespace", "volume", "secret", "queue", "service_account"):
+        for key in ("namespace", "volume", "secrets", "queue", "service_account"):
             value = getattr(self, key)
             if value is not None and not (_NAME.fullmatch(value) and len(value) <= _LONGEST_NAME):
                 yield key, f"{value!r} is no name of Kubernetes", "Use lower-case letters, digits and - alone."

@@ -4,16 +4,17 @@ wrong is one line; what may pass (429, 5xx, an answer that breaks off or does no
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import urllib3
 
-from llmscale.errors import ClusterError, LlmscaleError, RunError
+from llmscale.errors import ClusterError, RunError
 from llmscale.launch.manifest import ID_ANNOTATION, ROLE_LABEL, RUN_LABEL, Object
 
 TIMEOUT_S = 30.0  # of one answer
@@ -63,17 +64,27 @@ def submit(made: Object, context: str | None) -> Place:
     cluster = _Cluster(place)
     if (existing := cluster.read()) is not None:
         if _state(existing).state not in ("done", "failed"):
-            whose = existing["metadata"].get("annotations", {}).get(ID_ANNOTATION, "another")
-            fix = "Wait for it, or llmscale cancel it, or give this run another run.name=..."
-            raise RunError(f"{place} is there already, of run {whose}", where="run.name", fix=fix)
+            raise _taken(place, existing)
         cluster.delete()
         deadline = time.monotonic() + GONE_S
         while cluster.read() is not None:
             if time.monotonic() > deadline:
                 raise ClusterError(f"{place} has ended, and does not go away", fix="kubectl describe says why.")
             time.sleep(PAUSES_S[0])
-    cluster.create(made)
+    if not cluster.create(made):  # there it is; by our own try, whose answer did not come, or by somebody else
+        existing = cluster.read()
+        if existing is None or _run_id(existing) != _run_id(made):
+            raise _taken(place, existing)
     return place
+
+
+def _taken(place: Place, existing: Object | None) -> RunError:
+    fix = "Wait for it, or llmscale cancel it, or give this run another run.name=..."
+    return RunError(f"{place} is there already, of run {_run_id(existing)}", where="run.name", fix=fix)
+
+
+def _run_id(made: Object | None) -> str:
+    return str(((made or {}).get("metadata", {}).get("annotations") or {}).get(ID_ANNOTATION, "unknown"))
 
 
 def state_of(place: Place) -> JobState | None:
@@ -173,65 +184,70 @@ class _Cluster:
     def __init__(self, place: Place):
         try:
             from kubernetes import client, config
-            from kubernetes.config.config_exception import ConfigException
         except ImportError as error:
             what = "the client of Kubernetes is not installed"
             raise ClusterError(what, where="launch", fix="pip install 'llmscale[k8s]'") from error
         self.place = place
         self.error: type[Exception] = client.ApiException
+        settings = client.Configuration()
+        settings.retries = urllib3.Retry(0)  # tries are counted here
         try:
-            api = config.new_client_from_config(context=place.context, persist_config=False)
-        except ConfigException as error:
+            file = os.environ.get("KUBECONFIG") or "~/.kube/config"
+            config.load_kube_config(file, place.context, settings, persist_config=False)
+        except Exception as error:  # ConfigException as a rule; a file that is broken may raise anything
             where = "launch" if place.context is None else "launch.context"
             fix = "Set KUBECONFIG, or name one of `kubectl config get-contexts`; --print needs no cluster."
             raise ClusterError(f"no cluster is configured here: {_line(error)}", where=where, fix=fix) from error
-        api.configuration.retries = urllib3.Retry(0)  # tries are counted here
-        api.rest_client = type(api.rest_client)(api.configuration)
+        api = client.ApiClient(settings)
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         group, version, plural = RESOURCES[place.kind]
         self.resource = {"group": group, "version": version, "plural": plural, "namespace": place.namespace}
-        self.host = api.configuration.host
+        self.host = settings.host
 
-    def create(self, made: Object) -> None:
-        self._ask("create", self.objects.create_namespaced_custom_object, **self.resource, body=made)
+    def create(self, made: Object) -> bool:
+        """False when there is one of this name."""
+        call = self.objects.create_namespaced_custom_object
+        return self._ask("create", call, {409: None}, **self.resource, body=made) is not None
 
     def read(self) -> Object | None:
         get = self.objects.get_namespaced_custom_object
-        return self._ask("get", get, **self.resource, name=self.place.name, if_missing=None)
+        return self._ask("get", get, {404: None}, **self.resource, name=self.place.name)
 
     def delete(self) -> None:
         remove, how = self.objects.delete_namespaced_custom_object, {"propagation_policy": "Background"}
-        self._ask("delete", remove, **self.resource, name=self.place.name, if_missing=None, **how)
+        self._ask("delete", remove, {404: None}, **self.resource, name=self.place.name, **how)
 
     def pods(self) -> Sequence[Any]:
-        listed = self._ask("list the pods of", self.core.list_namespaced_pod, **self._own)
+        listed = self._ask("list the pods of", self.core.list_namespaced_pod, {}, **self._own)
         return sorted(listed.items, key=lambda pod: str(pod.metadata.name))
 
     def kill_pods(self) -> None:
-        self._ask("kill the pods of", self.core.delete_collection_namespaced_pod, **self._own, grace_period_seconds=0)
+        kill = self.core.delete_collection_namespaced_pod
+        self._ask("kill the pods of", kill, {}, **self._own, grace_period_seconds=0)
 
     def log(self, pod: str) -> str:
         """Each line begins with its time."""
 
         def whole(**given: Any) -> str:
             answer: Any = self.core.read_namespaced_pod_log(**given, timestamps=True, _preload_content=False)
-            return str(answer.data.decode(errors="replace"))
+            return str(answer.read().decode(errors="replace"))
 
         where = {"namespace": self.place.namespace, "name": pod}
-        return str(self._ask("read the logs of", whole, **where, if_missing=""))
+        return str(self._ask("read the logs of", whole, {404: ""}, **where))
 
     @property
     def _own(self) -> dict[str, str]:
         return {"namespace": self.place.namespace, "label_selector": f"{RUN_LABEL}={self.place.name}"}
 
-    def _ask(self, verb: str, call: Callable[..., Any], if_missing: Any = LlmscaleError, **given: Any) -> Any:
+    def _ask(self, verb: str, call: Callable[..., Any], instead: Mapping[int, Any], **given: Any) -> Any:
+        """What the call returns; `instead` has what statuses that are no fault return."""
         for pause_s in (*PAUSES_S, None):
             try:
                 return call(**given, _request_timeout=TIMEOUT_S)
             except self.error as error:
                 status: int = getattr(error, "status", 0) or 0
-                if status == 404 and if_missing is not LlmscaleError:
-                    return if_missing
+                if status in instead:
+                    return instead[status]
                 if status not in PASSING or pause_s is None:
                     raise self._explained(verb, status, error) from error
                 asked_for = (getattr(error, "headers", None) or {}).get("Retry-After", "")
@@ -264,9 +280,6 @@ class _Cluster:
         if status == 404:
             fix = f"Have {OPERATOR[kind]} installed there: docs/kubernetes.md names the versions."
             return ClusterError(f"the cluster knows no {kind} (404)", where="launch", fix=fix)
-        if status == 409:
-            fix = "llmscale status shows how it is; give this run another run.name=... otherwise."
-            return ClusterError(f"{self.place} is there already (409)", where="run.name", fix=fix)
         if status in PASSING:
             what = f"the API server at {self.host} answers {status} to {len(PAUSES_S) + 1} tries ({said})"
             return ClusterError(what, where="launch.context", fix="Try again later.")

@@ -269,7 +269,7 @@ def _container(job: Job, launch: KubernetesLaunch, name: str, cpus: int, gpus: i
         "image": launch.image,
         "workingDir": launch.folder,
         "env": [{"name": key, "value": value} for key, value in env.items()],
-        **({"envFrom": [{"secretRef": {"name": launch.secret}}]} if launch.secret else {}),
+        **({"envFrom": [{"secretRef": {"name": launch.secrets}}]} if launch.secrets else {}),
         "resources": {"requests": given, "limits": given},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [{"name": "work", "mountPath": launch.folder}, {"name": "shm", "mountPath": "/dev/shm"}],

@@ -166,10 +166,10 @@ def _alike(amounts: list[int]) -> int | list[int]:
     return amounts if len(set(amounts)) > 1 else amounts[0]
 
 
-def described(plan: Plan, launch: LaunchConfig, config: StageConfig) -> dict[str, Any]:
+def described(plan: Plan, launch: LaunchConfig, config: StageConfig, run_dir: Path) -> dict[str, Any]:
     """What `--dry-run` prints."""
     data, reward = config.data.train, getattr(getattr(config, "reward", None), "path", None)
-    files = {"run_dir": str(Path(config.run_dir).absolute()), "data.train": data, "model.path": config.model.path}
+    files = {"run_dir": str(run_dir), "data.train": data, "model.path": config.model.path}
     return {
         "stage": plan.stage,
         "launch": launch.name,

@@ -103,13 +103,21 @@ class Run:
     def dir(self) -> Path:
         return self.config.run_dir.absolute()
 
+    def where(self, launch: LaunchConfig) -> Path:
+        """Its directory, as the job sees it."""
+        if isinstance(launch, KubernetesLaunch):
+            return Path(run_dir_in_pod(PurePosixPath(self.config.run_dir), launch))
+        return self.dir
+
 
 def _submit(request: Request, arguments: argparse.Namespace) -> int:
     import_plugins(request.plugins)
     launch = compose("submit", request.launch_overrides, request.config_dir).launch
     runs = _runs(request, launch, arguments.multirun)
     if arguments.dry_run:
-        return _show([described(run.plan, launch, run.config) for run in runs], arguments, _print_plan)
+        return _show(
+            [described(run.plan, launch, run.config, run.where(launch)) for run in runs], arguments, _print_plan
+        )
     if isinstance(launch, ScriptLaunch) and launch.secrets_file is not None:
         _check_secrets(Path(launch.secrets_file))
     if arguments.print:
@@ -146,13 +154,11 @@ def _runs(request: Request, launch: LaunchConfig, multirun: bool) -> list[Run]:
 
 
 def _job(run: Run, launch: LaunchConfig, named: str) -> Job:
-    where, request = run.dir, run.request
-    if isinstance(launch, KubernetesLaunch):
-        where = Path(run_dir_in_pod(PurePosixPath(run.config.run_dir), launch))
     if isinstance(launch, SlurmLaunch):
         _check_name(named)
-    programs = Path(sys.executable).parent
-    return Job(request.stage, request.overrides, request.flags, Path.cwd(), programs, where, named, launch, run.plan)
+    asked, programs = run.request, Path(sys.executable).parent
+    words = (asked.stage, asked.overrides, asked.flags)
+    return Job(*words, Path.cwd(), programs, run.where(launch), named, launch, run.plan)
 
 
 def _batches(jobs: list[Job]) -> list[list[Job]]:

@@ -15,6 +15,7 @@ import yaml
 
 from llmscale.checkpoint.run_directory import (
     ATTEMPT_DIR,
+    RUN_ID,
     claim,
     holder,
     is_locked,
@@ -50,6 +51,14 @@ def test_a_new_run_freezes_its_config_and_says_where_it_comes_from(tmp_path: Pat
     assert (run.checkpoints, run.hf) == (run.path / "checkpoints", run.path / "hf")
     run.close()
     assert not any("hunter2" in path.read_text() for path in run.path.iterdir() if path.is_file())
+
+
+def test_a_run_that_was_claimed_elsewhere_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(RUN_ID, "trial-rlhf-a1b2c3")
+    claim(tmp_path / "there", Config())
+    monkeypatch.setenv(RUN_ID, "another")
+    claim(tmp_path / "there", Config())
+    assert run_id(tmp_path / "there") == "trial-rlhf-a1b2c3"
 
 
 def test_the_same_config_resumes_in_a_new_attempt(tmp_path: Path):

@@ -86,7 +86,7 @@ LAUNCHES = st.builds(
     namespace=NAMES,
     volume=NAMES,
     folder=st.sampled_from(["/work", "/mnt/runs"]),
-    secret=st.none() | NAMES,
+    secrets=st.none() | NAMES,
     queue=st.none() | NAMES,
     service_account=st.none() | NAMES,
     node_selector=st.dictionaries(st.sampled_from(["a", "site.example/kind"]), st.sampled_from(["", "b", "A.1_c"])),
@@ -117,7 +117,7 @@ def configs() -> dict[str, Any]:
     overrides=st.lists(TEXT.map(lambda text: f"prompt={text}"), max_size=2),
     run_id=TEXT,
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, phases=QUICK)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, phases=QUICK)
 def test_any_valid_config_is_one_that_a_cluster_takes(
     configs: dict[str, Any], launch: KubernetesLaunch, stage: str, workers: int, gpus: float, overrides: list[str],
     run_id: str,
@@ -206,7 +206,7 @@ def test_ranks_are_torchruns_over_indexed_pods() -> None:
 
 
 def test_keys_of_the_launch_are_where_they_belong() -> None:
-    words = ["secret=keys", "queue=research", "service_account=me", "volume=v", "folder=/data", "namespace=ns"]
+    words = ["secrets=keys", "queue=research", "service_account=me", "volume=v", "folder=/data", "namespace=ns"]
     words += ["node_selector={kind: big}", "tolerations=['gpu=1:NoSchedule']", "mem_per_node=32Gi", "max_retries=5"]
     found = made("rlhf", RLHF, *(f"launch.{word}" for word in words))
     assert found["metadata"]["namespace"] == "ns" and found["spec"]["backoffLimit"] == 5
@@ -228,7 +228,7 @@ def test_keys_of_the_launch_are_where_they_belong() -> None:
     [
         ("launch.namespace=Not_One", "launch.namespace"),
         ("launch.volume=''", "launch.volume"),
-        ("launch.secret=a.b/c", "launch.secret"),
+        ("launch.secrets=a.b/c", "launch.secrets"),
         ("launch.queue=-x", "launch.queue"),
         ("launch.image='a b'", "launch.image"),
         ("launch.folder=work", "launch.folder"),
@@ -309,3 +309,41 @@ def test_the_examples_of_k8s_are_what_is_rendered(stage: str) -> None:
     if os.environ.get("WRITE"):
         file.write_text(text)
     assert file.read_text() == text
+
+
+# ---------------------------------------------------------------- what k8s/ has besides
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(file.read_text()))
+
+
+def test_the_ground_of_k8s_is_valid_and_whole() -> None:
+    """Kustomizations name every file beside them that is no example, and each object in those is one that a cluster takes."""
+    for folder in (ROOT / "k8s", ROOT / "k8s" / "queue"):
+        (kustomization,) = documents(folder / "kustomization.yaml")
+        files = {file.name for file in folder.glob("*.yaml")} - {f"{stage}.yaml" for stage in EXAMPLES}
+        assert set(kustomization["resources"]) == files - {"kustomization.yaml"}
+        for name in kustomization["resources"]:
+            for found in documents(folder / name):
+                assert faults(found) == [], f"{name}: {found['kind']}"
+
+
+def test_the_defaults_of_the_launch_are_the_names_of_k8s() -> None:
+    objects = {(o["kind"], o["metadata"]["name"]): o for file in (ROOT / "k8s").glob("*.yaml") for o in documents(file)
+               if "metadata" in o}  # fmt: skip
+    launch = KubernetesLaunch()
+    assert ("Namespace", launch.namespace) in objects
+    assert objects["PersistentVolumeClaim", launch.volume]["spec"]["accessModes"] == ["ReadWriteMany"]
+    selected = objects["NetworkPolicy", "llmscale-operator"]["spec"]["podSelector"]["matchLabels"]
+    assert selected.items() <= pods(made("rlhf", RLHF))[0][1]["metadata"]["labels"].items()
+
+
+def test_the_image_is_of_the_user_of_the_pods_and_holds_no_secret() -> None:
+    text = (ROOT / "k8s" / "Dockerfile").read_text()
+    user = pods(made("rlhf", RLHF))[0][1]["spec"]["securityContext"]["runAsUser"]
+    assert f"USER {user}\n" in text and f"--uid {user} " in text
+    assert not [line for line in text.splitlines() if line.startswith(("ARG", "ENV"))]
+    copied = [word for line in text.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]]
+    ignored = (ROOT / "k8s" / "Dockerfile.dockerignore").read_text().split()
+    assert all((ROOT / word).exists() and f"!{word}" in ignored for word in copied)
