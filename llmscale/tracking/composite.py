@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmscale.errors import Requeue, WorkerLostError
+from llmscale.errors import Requeue, WeightMismatchError, WorkerLostError
 from llmscale.tracking.config import TrackingConfig, WandbMode
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.jsonl import JsonlTracker
@@ -87,8 +87,8 @@ def open_trackers(
 
 @contextmanager
 def finishing(tracker: Tracker) -> Iterator[None]:
-    """Finish the tracker with how the block ended: done, stopped (to be requeued), interrupted, lost (a worker, so that it
-    may go on) or failed."""
+    """Finish the tracker with how the block ended: done, stopped (to be requeued), interrupted, lost (a worker, or
+    weights on their way, so that it may go on) or failed."""
     status = "failed"
     try:
         yield
@@ -96,7 +96,7 @@ def finishing(tracker: Tracker) -> Iterator[None]:
     except Requeue:
         status = "stopped"
         raise
-    except WorkerLostError:
+    except (WorkerLostError, WeightMismatchError):
         status = "lost"
         raise
     except KeyboardInterrupt:

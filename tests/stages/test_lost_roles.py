@@ -209,6 +209,21 @@ def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, t
     assert_nothing_left()
 
 
+@pytest.mark.slow
+def test_damaged_weights_that_cannot_be_fetched_again_take_the_run_back(
+    chain: Path, in_one_process: Path, tmp_path: Path
+) -> None:
+    """What was broadcast is gone. The seed: one fault a second after the workers are up, the next one after the end."""
+    faults = ["chaos=faults", "chaos.seed=3451", "chaos.every_s=10", "chaos.corrupt=true"]
+    with disturbed(chain, tmp_path, *faults, "cluster.transport=broadcast") as run:
+        run.finish()
+        assert_undisturbed(run.run_dir, in_one_process)
+        (damaged,) = run.events("weights_damaged")
+        assert damaged["cause"] == "damaged" and "are not those published" in damaged["why"]
+        versions = [s["weight_versions"][-1] for s in run.of("samples")]
+        assert versions == sorted(versions) and len(set(versions)) == 12
+
+
 CHAOS = ["chaos=all", "chaos.seed=11", "chaos.every_s=2", "chaos.delay_s=1", "cluster.max_restarts=20"]
 
 
