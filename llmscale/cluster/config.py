@@ -68,10 +68,9 @@ class PoolConfig:
 class RolloutPoolConfig(PoolConfig):
     """On Ray it begins with `min_workers`, takes more as places are found, and goes on with fewer when hosts go."""
 
-    min_workers: int | None = None  # a lost one is waited for where fewer than these are left; None: num_workers
-    max_workers: int | None = (
-        None  # what Ray has no place for yet waits there, for an autoscaler to see; None: num_workers
-    )
+    # None, for both: num_workers. Where fewer than min_workers are left, a lost one is waited for
+    min_workers: int | None = None
+    max_workers: int | None = None  # those without a place wait in Ray, where an autoscaler sees them
 
     @property
     def fewest(self) -> int:
@@ -86,11 +85,7 @@ class RolloutPoolConfig(PoolConfig):
         yield from at_least(self, min_workers=1, max_workers=1)
         if self.fewest > self.most:
             what = f"at least {self.fewest} workers and at most {self.most}"
-            yield (
-                "max_workers",
-                what,
-                "Raise it, or lower min_workers; num_workers stands for the one that is left out.",
-            )
+            yield "max_workers", what, "Raise it, or lower min_workers; one that is left out is num_workers."
 
 
 @option("chaos", "faults", builds="llmscale.cluster.chaos:Chaos")

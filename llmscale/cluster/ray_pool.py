@@ -97,7 +97,7 @@ class RayPool(WorkerPool):
             for worker in self.workers:
                 worker.thread.start()
             return []
-        arrivals = self._get([worker.start() for worker in self.workers])
+        arrivals = self._get([worker.actor.arrive.remote() for worker in self.workers])
         nodes = [arrival.node for arrival in arrivals]
         # Ranks of a host follow each other, as under torchrun: parallelism within a host counts on it.
         order = sorted(range(self.num_workers), key=lambda i: nodes.index(nodes[i]))
@@ -203,8 +203,8 @@ class RayPool(WorkerPool):
                 call.set_exception(error)
             self.fail(error)
         with self.changed:
-            worker.is_up = False
-        may_go = not self.is_short and fault.cause == NODE_LOST  # for hosts come and go
+            was_up, worker.is_up = worker.is_up, False
+        may_go = was_up and not self.is_short and fault.cause == NODE_LOST  # for hosts come and go
         left = self.restarts.limit if may_go else self.restarts.take(worker.where, fault.cause)
         is_aside = call is not None and self._once_more(call, worker.where, fault.cause)
         about = {"where": worker.where, "cause": fault.cause, "why": fault.what, **doing}
@@ -212,7 +212,7 @@ class RayPool(WorkerPool):
         if not left and not is_aside and not may_go:
             what = f"{fault.what}, after {self.restarts.limit} restarts within an hour ({fault.cause})"
             self.fail(WorkerError(what, where=worker.where, fix=f"{worker.fix}. Or raise cluster.max_restarts."))
-        if not self.is_short:
+        if was_up and not self.is_short:
             self._excuse()
             self.event("worker_left", where=worker.where, workers=self.num_up)
 

@@ -51,7 +51,7 @@ class RayWorker:
 
     local_rank = 0
     arrival = NOWHERE
-    actor: Any = None
+    actor: Any = None  # one that may come later has none yet
     is_up = False  # holds the role, and is given calls
 
     def __init__(self, pool: RayPool, bundle: int):
@@ -59,15 +59,11 @@ class RayWorker:
         self.pool, self.bundle = pool, bundle
         self.rank = bundle  # until it is known which share a node
         self.calls: deque[Call] = deque()  # for this worker alone; they come before any unit
+        if not pool.is_elastic:
+            self.actor = self._new_actor()
         self.method, self.since_s, self.moved_s, self.inside = "", time.monotonic(), 0.0, ""
         self.raised: tuple[float, str] | None = None
         self.thread = threading.Thread(target=self._serve, daemon=True)
-
-    def start(self) -> ray.ObjectRef:
-        """Begin a new process, in place of the one before; returns its Arrival to be."""
-        self.kill()
-        self.actor = self._new_actor()
-        return self.actor.arrive.remote()
 
     def build(self, size: int, local_rank: int, local_size: int, master: tuple[str, int]) -> ray.ObjectRef:
         """Begin to build the role."""
@@ -252,7 +248,10 @@ class RayWorker:
 
     def _begin(self) -> None:
         """Raises: Fault, RayTaskError, Closed."""
-        pool, arriving = self.pool, self.start()
+        pool = self.pool
+        self.kill()
+        self.actor = self._new_actor()
+        arriving = self.actor.arrive.remote()
         while True:
             try:
                 self.arrival = self._watch(arriving, pool.start_timeout_s)

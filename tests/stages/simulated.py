@@ -28,6 +28,7 @@ from llmscale.protocols import SamplingRequest, Score
 from llmscale.randomness import random_words
 from llmscale.rl.ledger import DRAWS, Ledger
 from llmscale.rollout.completion import Completion, check_newer, check_weights
+from llmscale.rollout.config import OnUpdate
 from llmscale.stages.rlhf import Rlhf
 from llmscale.stages.rlhf_config import RlhfConfig
 from llmscale.stages.rlhf_run import Progress
@@ -36,6 +37,7 @@ from tests.tiny import tokenizer
 
 PROMPTS = Split([Prompt(np.array([3, 4]), f"prompt {i}") for i in range(7)], [], {})
 PATIENCE_S = 30.0
+LINGERS_S = 0.05
 
 
 class Killed(Exception):
@@ -81,13 +83,21 @@ def reward(draw: int, sample: int) -> float | None:
 
 class Threads(WorkerPool):
     """One queue of units for all workers. New weights wait until a worker has ended its unit. `pause` before each unit; `dies`
-    says whether it kills its worker: then a new one does it again later, which has the newest weights."""
+    says whether it kills its worker: then a new one does it again later, which has the newest weights; `lingers`, whether it
+    takes until its worker is told of newer weights, or for a while."""
 
     ahead = 1
     members = ("somebody",)
 
-    def __init__(self, role: type, num_workers: int, pause: Callable[[], None], dies: Callable[[], bool]):
-        self.role, self.num_workers, self.pause, self.dies = role, num_workers, pause, dies
+    def __init__(
+        self,
+        role: type,
+        num_workers: int,
+        pause: Callable[[], None],
+        dies: Callable[[], bool],
+        lingers: Callable[[], bool] = lambda: False,
+    ):
+        self.role, self.num_workers, self.pause, self.dies, self.lingers = role, num_workers, pause, dies, lingers
         self.units: deque[tuple[Future[Any], str, Any, Any] | None] = deque()
         self.workers = [role() for _ in range(num_workers)]
         self.busy = [False] * num_workers
@@ -126,6 +136,7 @@ class Threads(WorkerPool):
         with self.changed:
             for worker in self.workers:
                 getattr(worker, method.__name__)(*args)
+            self.changed.notify_all()
 
     def close(self) -> None:
         for _ in self.workers:
@@ -155,6 +166,10 @@ class Threads(WorkerPool):
                 self._catch_up(i)
                 self.busy[i] = True
             self.pause()
+            if self.lingers():
+                with self.changed:
+                    worker = self.workers[i]
+                    self.changed.wait_for(lambda worker=worker: worker.announced > worker.version, LINGERS_S)
             if self.dies():
                 self.workers[i] = self.role()
                 self._hand_in(self.units.append, unit)
@@ -230,8 +245,9 @@ class Simulation:
         """Whether it came to the end."""
         self.left = self.kills.pop(0) if self.kills else 0
         dies = lambda: self.random.random() < self.death_rate  # noqa: E731
+        lingers = lambda: self.config.rollout.on_update is OnUpdate.abort and self.random.random() < 0.2  # noqa: E731
         pools: dict[str, Any] = {"policy": Policy(self.pause("policy"), self.moment)}
-        pools["rollout"] = Threads(Sampler, self.random.randint(1, 4), self.pause("rollout"), dies)
+        pools["rollout"] = Threads(Sampler, self.random.randint(1, 4), self.pause("rollout"), dies, lingers)
         pools["reward"] = Threads(Judge, self.random.randint(1, 2), self.pause("reward"), dies)
         last = self.saved or 0
         draws = RecordFile(self.folder / DRAWS, lambda record: record["step"] <= last)
