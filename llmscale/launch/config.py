@@ -56,7 +56,9 @@ class NodesLaunch(LaunchConfig):
     """What takes nodes of its own; on Kubernetes a node is a pod. Ranks and workers are those of `cluster`; here stands on
     what nodes they run."""
 
-    nodes: int | None = None  # null: 1, or the sum of role_nodes. A supervised stage has as many ranks on each
+    # null: 1, or the sum of role_nodes; on Kubernetes, where neither is given, one for each role. A supervised stage has as
+    # many ranks on each
+    nodes: int | None = None
     role_nodes: dict[str, int] = field(
         default_factory=dict
     )  # role -> nodes for it alone, as in {policy: 2, rollout: 6}
