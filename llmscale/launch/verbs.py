@@ -16,21 +16,21 @@ from llmscale.launch import status as looking
 
 
 def status(argv: Sequence[str]) -> int:
-    parser = _Parser("status", "How a run is; without RUN, the one that has changed last.")
+    parser = Parser("status", "How a run is; without RUN, the one that has changed last.")
     parser.add_argument("run", metavar="RUN", type=Path, nargs="?")
     arguments = parser.parse_args(argv)
     return looking.show(arguments.run, arguments.json)
 
 
 def runs(argv: Sequence[str]) -> int:
-    parser = _Parser("runs", "Every run below a folder, the one that has changed last first.")
+    parser = Parser("runs", "Every run below a folder, the one that has changed last first.")
     parser.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path("runs"))
     arguments = parser.parse_args(argv)
     return looking.list_runs(arguments.folder, arguments.json)
 
 
 def logs(argv: Sequence[str]) -> int:
-    parser = _Parser("logs", "What the processes of an attempt have written.")
+    parser = Parser("logs", "What the processes of an attempt have written.")
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
     parser.add_argument("--role", help="driver, trainer, policy, rollout, ray, health, job, ...")
@@ -42,7 +42,7 @@ def logs(argv: Sequence[str]) -> int:
 
 
 def cancel(argv: Sequence[str]) -> int:
-    parser = _Parser("cancel", "End a run: it saves after its step, and llmscale resume goes on with it.")
+    parser = Parser("cancel", "End a run: it saves after its step, and llmscale resume goes on with it.")
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("--now", action="store_true", help="at once, without saving")
     arguments = parser.parse_args(argv)
@@ -55,9 +55,11 @@ def cancel(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, verb: str, text: str):
-        super().__init__(prog=f"llmscale {verb}", description=text, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    def __init__(self, verb: str, text: str, epilog: str | None = None):
+        layout = argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter
+        prog = f"llmscale {verb}"
+        super().__init__(prog=prog, description=text, epilog=epilog, formatter_class=layout, allow_abbrev=False)
         self.add_argument("--json", action="store_true", help="print JSON")
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
