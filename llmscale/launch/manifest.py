@@ -8,6 +8,7 @@ https://jobset.sigs.k8s.io/docs/concepts/. Pods keep to the `restricted` standar
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def manifest(job: Job) -> Object:
 
 
 def to_yaml(made: Object) -> str:
-    return yaml.dump(made, Dumper=_Dumper, sort_keys=False, width=120)
+    return yaml.dump(made, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -118,10 +119,11 @@ def _group(job: Job, launch: KubernetesLaunch, name: str, nodes: Sequence[int]) 
     start = {"num-cpus": str(plan.cpus[first]), "num-gpus": str(plan.gpus[first])}
     if plan.resources[first]:
         start["resources"] = json.dumps(json.dumps(plan.resources[first]))  # KubeRay pastes it into a shell's line
+    fewest = math.ceil(plan.fewest[name] / plan.resources[first][name]) if name in plan.pinned else len(nodes)
     return {
         "groupName": name,
         "replicas": len(nodes),
-        "minReplicas": len(nodes),
+        "minReplicas": fewest,
         "maxReplicas": len(nodes),
         "rayStartParams": start,
         "template": _pod(job, launch, name, container),

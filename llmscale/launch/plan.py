@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ class Plan:
 
     stage: str
     on_ray: bool
-    workers: dict[str, int]  # role -> how many
+    workers: dict[str, int]  # role -> how many; of an elastic one, the most
     places: dict[str, list[int]]  # role -> the nodes that it may be on
     num_nodes: int
     tasks_per_node: int
     cpus: list[int]  # of each node
     gpus: list[int]
     resources: list[dict[str, int]]  # of each node of Ray: role -> how many of its workers fit here
+    fewest: dict[str, int] = field(default_factory=dict)  # role -> with how many workers it can begin
 
     @property
     def cpus_per_node(self) -> int:
@@ -69,7 +70,8 @@ def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
         )
     if isinstance(config, SupervisedConfig):
         return _of_ranks(config, launch)
-    return _of_roles(config, launch, pools, workers)
+    fewest = {role: pool.fewest for role, pool in pools.items()}
+    return replace(_of_roles(config, launch, pools, workers), fewest=fewest)
 
 
 def roles_of(config: StageConfig) -> list[str]:

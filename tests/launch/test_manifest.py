@@ -347,3 +347,12 @@ def test_the_image_is_of_the_user_of_the_pods_and_holds_no_secret() -> None:
     copied = [word for line in text.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]]
     ignored = (ROOT / "k8s" / "Dockerfile.dockerignore").read_text().split()
     assert all((ROOT / word).exists() and f"!{word}" in ignored for word in copied)
+
+
+def test_an_elastic_pool_has_a_group_that_may_shrink() -> None:
+    elastic = ["cluster.rollout.min_workers=2", "cluster.rollout.max_workers=6"]
+    spec = made("rlhf", [*RLHF, *elastic], "launch.role_nodes={policy: 1, rollout: 3}")["spec"]
+    groups = {group["groupName"]: group for group in spec["rayClusterSpec"]["workerGroupSpecs"]}
+    sizes = [groups["rollout"][key] for key in ("minReplicas", "replicas", "maxReplicas")]
+    assert sizes == [1, 3, 3]  # two workers a pod
+    assert groups["policy"]["minReplicas"] == 1
