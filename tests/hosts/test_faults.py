@@ -21,7 +21,7 @@ from tests.stages.test_lost_workers import assert_undisturbed
 
 pytestmark = [pytest.mark.hosts, pytest.mark.parametrize("hosts", [3], indirect=True)]
 
-STEPS, PROMPTS = 60, 16
+STEPS, PROMPTS = 80, 16  # long enough for all of it also on a fast machine
 LONG = [*TINY["rlhf"], f"training.num_steps={STEPS}", "training.save_every_steps=5", "training.eval_every_steps=30"]
 # These come first, a few seconds apart: a bit is flipped, a reward and a rollout worker die, another hangs, a host is cut off.
 CHAOS = "chaos=faults chaos.seed=2517 chaos.every_s=4 chaos.delay_s=8 chaos.corrupt=true"

@@ -144,12 +144,13 @@ def test_a_sample_that_kills_is_left_out_and_a_reward_that_never_comes_ends_the_
 def test_damaged_weights_and_a_full_disk_change_nothing(
     chain: Path, in_one_process: Path, tmp_path: Path, small_disk: Path
 ) -> None:
-    """The run directory lies on a disk of its own, which is filled for seconds at a time."""
+    """The run directory lies on a disk of its own, which is filled for seconds at a time. The seed: first it is filled, then
+    a bit is flipped, both at once, for these runs are short."""
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     faults = [
         "chaos=faults",
-        "chaos.seed=125",
-        "chaos.every_s=2",
+        "chaos.seed=83",
+        "chaos.every_s=1",
         "chaos.delay_s=3",
         "chaos.corrupt=true",
         "chaos.fill=true",
@@ -213,8 +214,8 @@ def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, t
 def test_damaged_weights_that_cannot_be_fetched_again_take_the_run_back(
     chain: Path, in_one_process: Path, tmp_path: Path
 ) -> None:
-    """What was broadcast is gone. The seed: one fault a second after the workers are up, the next one after the end."""
-    faults = ["chaos=faults", "chaos.seed=3451", "chaos.every_s=10", "chaos.corrupt=true"]
+    """What was broadcast is gone. The seed: one fault as soon as the workers are up, the next one after the end."""
+    faults = ["chaos=faults", "chaos.seed=2027", "chaos.every_s=10", "chaos.corrupt=true"]
     with disturbed(chain, tmp_path, *faults, "cluster.transport=broadcast") as run:
         run.finish()
         assert_undisturbed(run.run_dir, in_one_process)
