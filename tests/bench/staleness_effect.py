@@ -44,14 +44,15 @@ def interval(values: list[float]) -> str:
     return f"{mean(values):+.1f} ± {half:.1f}"
 
 
-def report(scores: dict[str, dict[int, float]], before: float, command: str) -> str:
+def report(scores: dict[str, dict[int, float]], before: float, steps: int) -> str:
     seeds = list(scores["bound 0"])
     lines = [
         "# What older samples do to learning on the demo",
         "",
         f"`python -m tests.bench.staleness_effect` on {datetime.date.today()}; {os.cpu_count()} cores, no GPU. Each run was",
         "",
-        f"    llmscale {command} run.seed=SEED training.max_staleness=BOUND",
+        f"    llmscale {COMMAND} \\",
+        f"        training.num_steps={steps} run.seed=SEED training.max_staleness=BOUND",
         "",
         "from the same SFT model (seed 0), in one process, where samples are exactly as old as the bound allows. Percent of",
         "256 held-out words that are sorted without a mistake after the last step, sampled at temperature 1. The SFT",
@@ -82,7 +83,7 @@ def main() -> None:
     }
     scores = {name: {s: curve[max(curve)] for s, curve in found.items()} for name, found in curves.items()}
     before = mean(curve[0] for curve in curves["bound 0"].values())
-    (ROOT / "docs" / "staleness_effect.md").write_text(report(scores, before, command))
+    (ROOT / "docs" / "staleness_effect.md").write_text(report(scores, before, arguments.steps))
 
 
 if __name__ == "__main__":
