@@ -292,7 +292,7 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
 
 def _given_attempt(attempts: Path) -> Path | None:
     """The attempt that whoever launched this process has opened for it, where there is one."""
-    given = Path(os.environ.get(ATTEMPT_DIR, "/"))
+    given = Path(os.environ.get(ATTEMPT_DIR, "/")).resolve()
     return given if given.parent == attempts.resolve() and given.is_dir() else None
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmscale.checkpoint.run_directory import holder
-from llmscale.errors import RunError
+from llmscale.errors import LlmscaleError, RunError
 from llmscale.launch import kubernetes, local, slurm
 from llmscale.launch.attempts import cancel_file
 from llmscale.launch.status import Status, Submission, find, look, submission_of
@@ -28,12 +28,16 @@ def cancel(path: Path, now: bool) -> Status:
         raise RunError(f"this run is {before.state}, not running", where=str(run), fix=fix or None)
     cancel_file(run).parent.mkdir(exist_ok=True)
     cancel_file(run).touch()  # first: the job looks for it before it goes back into the queue
-    if before.launch == "slurm" and before.job is not None:
-        slurm.scancel(before.job, None if now or before.state == "queued" else "USR1")
-    elif before.launch == "kubernetes" and before.job is not None:
-        kubernetes.cancel(kubernetes.Place.from_text(before.job), now)
-    else:
-        _end_here(run, submission, now)
+    try:
+        if before.launch == "slurm" and before.job is not None:
+            slurm.scancel(before.job, None if now or before.state == "queued" else "USR1")
+        elif before.launch == "kubernetes" and before.job is not None:
+            kubernetes.cancel(kubernetes.Place.from_text(before.job), now)
+        else:
+            _end_here(run, submission, now)
+    except LlmscaleError:  # it could not be reached, and goes on
+        cancel_file(run).unlink(missing_ok=True)
+        raise
     deadline = time.monotonic() + WAIT_S
     while now and look(run).state in ("running", "queued") and time.monotonic() < deadline:
         time.sleep(0.2)

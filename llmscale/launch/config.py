@@ -16,9 +16,10 @@ ROLES = ("policy", "critic", "reference", "reward", "rollout")
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")  # sbatch(1)
 # What the script writes itself: a second line of it would win or lose by its place.
 _OWN = re.compile(
-    r"--(job-name|comment|nodes|ntasks|ntasks-per-node|requeue|no-requeue|open-mode|signal|output|error|time)\b"
+    r"--(job-name|comment|nodes|ntasks|ntasks-per-node|requeue|no-requeue|open-mode|signal|output|error|time|array)\b|-[JNnoeta]"
 )
 
+_LONGEST_LEAD_S = 65536  # sbatch(1), --signal
 _LONGEST_NAME = 63
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")  # DNS-1123
 _LABEL = re.compile(r"([a-z0-9][a-z0-9.-]{0,251}[a-z0-9]/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.ASCII)
@@ -29,6 +30,16 @@ TAINT = re.compile(
     r":(?P<effect>NoSchedule|PreferNoSchedule|NoExecute)",
     re.ASCII,
 )
+
+
+def seconds(limit: str) -> int:
+    """Of a time limit as sbatch takes it: minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]]."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]  # of hours
+    hours, minutes, own = [*parts, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + own
 
 
 @dataclass
@@ -119,6 +130,9 @@ class SlurmLaunch(NodesLaunch, ScriptLaunch):
         yield from super().problems()
         if not _TIME.fullmatch(self.time):
             yield "time", f"{self.time!r} is no time limit", "Write minutes, hours:minutes:seconds or days-hours."
+        elif self.signal_lead_s >= min(seconds(self.time), _LONGEST_LEAD_S):
+            what = f"{self.signal_lead_s} s before the end of {self.time} is no time at which a job can be told"
+            yield "signal_lead_s", what, f"Set it below the time limit, and below {_LONGEST_LEAD_S}."
         for name in ("partition", "account", "qos", "constraint", "exclude", "gres", "mem_per_node"):
             value = getattr(self, name)
             if value is not None and (not value or any(c.isspace() for c in value)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.cluster.config import PoolConfig
+from llmscale.cluster.placement import Group, groups
 from llmscale.cluster.placement import shared as colocated
 from llmscale.errors import ConfigError
 from llmscale.launch.config import KubernetesLaunch, LaunchConfig, NodesLaunch
@@ -60,8 +61,9 @@ def plan(config: StageConfig, launch: LaunchConfig) -> Plan:
     workers = {role: pool.most for role, pool in pools.items()}
     if not isinstance(launch, NodesLaunch):
         places = {role: [0] for role in roles}
-        cpus, gpus = math.ceil(_total(pools.values(), "num_cpus")), math.ceil(_total(pools.values(), "num_gpus"))
-        return Plan(config.stage, not config.cluster.one_process, workers, places, 1, 1, [cpus], [gpus], [{}])
+        ((cpus, gpus),) = _spread(groups(config.cluster, roles), 1)
+        whole = [math.ceil(cpus)], [math.ceil(gpus)]
+        return Plan(config.stage, not config.cluster.one_process, workers, places, 1, 1, *whole, [{}])
     if config.cluster.address is not None:
         raise ConfigError(
             "the job starts the processes of its own nodes",
@@ -114,6 +116,9 @@ def _of_roles(
         where = f"launch.role_nodes.{role}"
         if role not in pools:
             raise ConfigError(f"{config.stage} has no {role} here", where=where, fix=f"It has: {', '.join(pools)}.")
+        if role in colocated(config.cluster, pools):
+            fix = "Leave it out: roles that share their devices are on the nodes that no other role has."
+            raise ConfigError(f"{role} has its places together with others", where=where, fix=fix)
         if pools[role].resources:
             fix = f"Leave cluster.{role}.resources out."
             raise ConfigError("the role's resources say already where it runs", where=where, fix=fix)
@@ -126,14 +131,14 @@ def _of_roles(
         for node in places[role]:
             resources[node][role] = fit
             cpus[node], gpus[node] = fit * pools[role].num_cpus, fit * pools[role].num_gpus
-    shared = [pool for role, pool in pools.items() if role not in places]
+    sharing = groups(config.cluster, [role for role in pools if role not in places])
     places |= {role: list(range(nodes)) for role in pools if role not in places}
     # Those that share go where there is room: on nodes without a role first, where there are any.
     free = nodes - own or nodes
     first = own if nodes > own else 0
-    for node in range(first, nodes):
-        cpus[node] += _total(shared, "num_cpus") / free
-        gpus[node] += _total(shared, "num_gpus") / free
+    for node, (more_cpus, more_gpus) in enumerate(_spread(sharing, free), start=first):
+        cpus[node] += more_cpus
+        gpus[node] += more_gpus
     all_cpus, all_gpus = _given(launch, [math.ceil(c) or 1 for c in cpus], [math.ceil(g) for g in gpus])
     return Plan(config.stage, True, workers, places, nodes, 1, all_cpus, all_gpus, resources)
 
@@ -160,8 +165,15 @@ def _given(launch: NodesLaunch, cpus: list[int], gpus: list[int]) -> tuple[list[
     )
 
 
-def _total(pools: Iterable[PoolConfig], name: str) -> float:
-    return sum(pool.most * getattr(pool, name) for pool in pools)
+def _spread(sharing: Iterable[Group], nodes: int) -> list[tuple[float, float]]:
+    """CPUs and GPUs of each node when places go, largest first, where least has been put."""
+    places = [(g.place.get("GPU", 0.0), g.place.get("CPU", 0.0)) for g in sharing for _ in range(g.any.most)]
+    loads = [(0.0, 0.0)] * nodes
+    for gpus, cpus in sorted(places, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] = (loads[least][0] + gpus, loads[least][1] + cpus)
+    most = max(loads)[0], max(cpus for _, cpus in loads)  # all alike: which place comes to which node is for Ray to say
+    return [(most[1], most[0])] * nodes
 
 
 def _alike(amounts: list[int]) -> int | list[int]:

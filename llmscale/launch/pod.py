@@ -84,8 +84,9 @@ def _run(command: Sequence[str], log: Path) -> tuple[int, bool]:
             outputs += [files.enter_context(open(os.environ[LOG], "a"))] if LOG in os.environ else []
         for line in process.stdout:
             for output in outputs:
-                output.write(line)
-                output.flush()
+                with suppress(OSError):  # a full disk, or nobody who reads: the command goes on
+                    output.write(line)
+                    output.flush()
     code = process.wait()
     return (128 - code if code < 0 else code), asked
 

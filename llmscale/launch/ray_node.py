@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +25,11 @@ def main(arguments: Sequence[str]) -> int:
     number = int(os.environ["SLURM_NODEID"])
     port = head.rpartition(":")[2]
     # Of this job alone: two jobs may share a node, and another user's /tmp/ray may not be ours to write to.
-    folder = Path("/tmp/ray") / f"{os.getuid()}-{os.environ['SLURM_JOB_ID']}"
+    for_all = Path("/tmp/ray")
+    for_all.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # somebody else's
+        for_all.chmod(0o1777)
+    folder = for_all / f"{os.getuid()}-{os.environ['SLURM_JOB_ID']}"
     place = ["--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *(place if number == 0 else [f"--address={head}"])]
     command += [f"--num-cpus={cpus}", f"--resources={resources[number]}", "--disable-usage-stats", "--block"]

@@ -47,6 +47,7 @@ export PATH=@{environment}:$PATH
 cd @{folder} && mkdir -p "$run/launch" "$run/attempts" || exit 64
 exec >>"$run/launch/job.log" 2>&1
 [ -e "$run/result.json" ] && exit 0 # it is done
+[ -e "$run/launch/cancel" ] && echo "cancelled; llmscale resume goes on with it" && exit 0 # Slurm may start it by itself
 """
 
 SECRETS = """secrets=@{file}
@@ -68,7 +69,7 @@ again=$?
 """
 
 LOCAL = """exec 9>"$run/launch/lock"
-flock --nonblock 9 || exit 2 # held as long as this runs, and by nothing else
+flock --wait 2 9 || exit 2 # held as long as this runs, and by nothing else but a glance of `status`
 
 step="" asked=""
 # shellcheck disable=SC2317,SC2329 # the trap calls it
@@ -90,16 +91,8 @@ done
 
 SLURM = """mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000))
-attempt=$(@{attempts} begin "$run" "$SLURM_JOB_ID" @{max_retries} "${nodes[@]}") || exit 64
-export LLMSCALE_ATTEMPT_DIR=$attempt
-echo "job $SLURM_JOB_ID on ${nodes[*]}: $attempt"
-
-finish() { # CODE [WHY]: back into the queue, or the end
-    if @{attempts} end "$attempt" "$@"; then
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
-    fi
-    exit "$1"
-}
+job=$SLURM_JOB_ID # a task of an array by its number there: the last one has the array's own id, which stands for all of them
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
 step="" asked=""
 # shellcheck disable=SC2317,SC2329 # the trap calls it
@@ -108,6 +101,17 @@ stop() { # some time before the time limit, or when the run is cancelled: save, 
     [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
 }
 trap stop USR1 TERM
+
+attempt=$(@{attempts} begin "$run" "$job" @{max_retries} "${nodes[@]}") || exit 64
+export LLMSCALE_ATTEMPT_DIR=$attempt
+echo "job $job on ${nodes[*]}: $attempt"
+
+finish() { # CODE [WHY]: back into the queue, or the end
+    if @{attempts} end "$attempt" "$@"; then
+        scontrol requeue "$job" && sleep 60
+    fi
+    exit "$1"
+}
 
 # Every node has to see the run directory and to have what the job needs. One on which nothing could be started is no
 # failure to srun, so each that is well says so.

@@ -94,7 +94,8 @@ def submission_of(run: Path) -> Submission | None:
 def _launch(submission: Submission | None, last: dict[str, Any]) -> str | None:
     if submission is not None:
         return submission.launch
-    return "slurm" if str(last.get("job", "")).isdigit() else None  # its script was given to sbatch by hand
+    by_hand = re.fullmatch(r"\d+(_\d+)?", str(last.get("job", "")))  # its script was given to sbatch
+    return "slurm" if by_hand else None
 
 
 def _state(
@@ -115,6 +116,10 @@ def _state(
         return "running", ""
     if submission is not None and submission.launch == "slurm" and known is None and not last:
         return "unknown", "Slurm cannot be asked from here"
+    if known is not None and last.get("job") != job and not cancel_file(run).exists():
+        return "failed", f"it ended before an attempt began: {known.state}, {known.reason}"
+    if _launch(submission, last) == "slurm" and known is None and last.get("again"):
+        return "queued", "it goes on as soon as it gets nodes"
     return _how_it_ended(run, last)
 
 

@@ -209,10 +209,11 @@ def test_a_run_is_claimed_for_one_who_starts_it_elsewhere(tmp_path: Path, monkey
     assert not is_locked(tmp_path / "a" / ".lock") and not (tmp_path / "a" / "attempts").exists()
 
     attempt = next_attempt(tmp_path / "a" / "attempts")
-    monkeypatch.setenv(ATTEMPT_DIR, str(attempt))
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setenv(ATTEMPT_DIR, str(tmp_path / "link" / "a" / ".." / "a" / "attempts" / attempt.name))
     monkeypatch.chdir(tmp_path)
     run, other = open_run(Path("a"), Config()), open_run(Path("b"), Config())
-    assert run.attempt_dir == attempt
+    assert run.attempt_dir.resolve() == attempt
     assert other.attempt_dir == Path("b/attempts/1"), "the attempt that was given is another run's"
     for opened in (run, other):
         opened.close()

@@ -229,15 +229,17 @@ def test_two_runs_side_by_side_are_cancelled_each_in_its_way(cluster: Slurm) -> 
 
 @pytest.mark.slow
 def test_a_sweep_is_one_array_whose_jobs_are_runs_of_their_own(cluster: Slurm) -> None:
-    words = [*PRETRAIN, "run.name=grid", "run.seed=0,1", "training.num_steps=6", "launch=slurm", "-m", "--json"]
+    words = [*PRETRAIN, "run.name=grid", "run.seed=0,1", "training.num_steps=150", "launch=slurm", "-m", "--json"]
     command = shlex.join(["llmscale", "submit", "pretrain", *words])
     submitted = json.loads(cluster.run(command).splitlines()[-1])
     arrays, numbers = zip(*(place["job"].split("_") for place in submitted), strict=True)
     assert len(set(arrays)) == 1 and numbers == ("0", "1")
     runs = [Path(place["run"]) for place in submitted]
-    for run in runs:
+    until_step(cluster, runs[1], 3)
+    preempt(cluster, runs[1])  # Slurm gives the last task the number of the whole array
+    for number, run in enumerate(runs):
         found = until_ended(cluster, run)
-        assert (found["state"], found["step"], found["attempt"]) == ("done", 6, 1)
+        assert (found["state"], found["step"], found["attempt"]) == ("done", 150, 1 + number)
         assert "wandb_group: grid" in (run / "config.yaml").read_text()
     first, second = (records(run / "metrics.jsonl")[0]["train/loss"] for run in runs)
     assert first != second

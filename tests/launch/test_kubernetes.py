@@ -203,8 +203,9 @@ def test_what_has_ended_gives_way_to_the_next_and_what_works_does_not(cluster: C
 def test_what_the_server_refuses_is_one_line(
     answers: list[int], where: str, says: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kubernetes, "TIMEOUT_S", 0.3)
-    monkeypatch.setattr(api_server, "SLOW_S", 0.6)
+    if SLOW in answers:
+        monkeypatch.setattr(kubernetes, "TIMEOUT_S", 0.3)
+        monkeypatch.setattr(api_server, "SLOW_S", 0.6)
     cluster.next_answers = list(answers)
     with pytest.raises(ClusterError) as caught:
         kubernetes.submit(an_object(), None)

@@ -41,9 +41,28 @@ def test_roles_that_share_get_nodes_of_their_own_where_there_are_more() -> None:
     assert made.resources == [{"policy": 1}, {}] and made.cpus_per_node == 4  # critic, reference, reward, rollout
 
 
+def test_a_device_that_roles_share_is_asked_for_once() -> None:
+    shared = ["algorithm=grpo", "engine=deepspeed", "cluster.colocated=[policy,rollout]"]
+    workers = [f"cluster.{role}.{what}" for role in ("policy", "rollout") for what in ("num_workers=8", "num_gpus=1")]
+    assert planned("rlhf", [*RLHF, *shared, *workers], "launch.gpus_per_node=8").gpus_per_node == 8
+
+
+def test_a_node_holds_what_may_not_be_divided() -> None:
+    large = ["cluster.rollout.num_workers=1", "cluster.rollout.num_gpus=4"]
+    assert planned("rlhf", [*RLHF, *large], "launch.nodes=2").gpus_per_node == 4
+    three = ["cluster.rollout.num_workers=3", "cluster.rollout.num_gpus=2"]
+    assert planned("rlhf", [*RLHF, *three], "launch.nodes=2").gpus_per_node == 4
+
+
 @pytest.mark.parametrize(
     ("stage", "overrides", "launch", "where"),
     [
+        (
+            "rlhf",
+            [*RLHF, "algorithm=grpo", "cluster.colocated=[policy,rollout]"],
+            ["launch.role_nodes={policy: 1}"],
+            "launch.role_nodes.policy",
+        ),
         ("pretrain", [*PRETRAIN, "cluster.trainer.num_workers=3"], ["launch.nodes=2"], "launch.nodes"),
         ("pretrain", PRETRAIN, ["launch.role_nodes={policy: 1}"], "launch.role_nodes"),
         ("pretrain", [*PRETRAIN, "cluster.address=auto"], [], "cluster.address"),
@@ -72,6 +91,10 @@ def test_what_cannot_be_is_refused(stage: str, overrides: list[str], launch: lis
         ("launch.partition='a b'", "launch.partition"),
         ("launch.extra=['--time=1']", "launch.extra"),
         ("launch.extra=[reservation]", "launch.extra"),
+        ("launch.extra=['-N 7']", "launch.extra"),
+        ("launch.extra=['--array=0-3']", "launch.extra"),
+        ("launch.time=2", "launch.signal_lead_s"),
+        ("launch.signal_lead_s=70000", "launch.signal_lead_s"),
         ("launch.role_nodes={polisy: 1}", "launch.role_nodes.polisy"),
         ("launch.container=pyxis", "launch.image"),
         ("launch.nodes=0", "launch.nodes"),
