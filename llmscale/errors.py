@@ -73,7 +73,11 @@ class NumericsError(LlmscaleError):
 
 
 class WeightMismatchError(LlmscaleError):
-    """The weights that a rollout worker holds are not those that the policy published. They can be published again."""
+    """The weights that a rollout worker holds are not those that the policy published."""
+
+
+class DamagedWeightsError(WeightMismatchError):
+    """They changed on their way: nobody's fault, so they may be fetched or published again."""
 
     cause = "damaged"
 

@@ -343,6 +343,11 @@ def test_a_missing_value_is_named(stage: str, overrides: list[str], where: str):
         ("rlhf", ["cluster=ray", "cluster.colocated=[policy,reward,rollout]"], "cluster.colocated"),
         ("rlhf", ["cluster=ray", "cluster.colocated=[policy,rollout,rollout]"], "cluster.colocated"),
         ("rlhf", ["cluster=colocated", "cluster.rollout.num_workers=2"], "cluster.rollout.num_workers"),
+        (
+            "rlhf",
+            ["cluster=colocated", *(f"cluster.rollout.{m}_workers=3" for m in ("min", "max"))],
+            "cluster.rollout.max_workers",
+        ),
         ("rlhf", ["cluster=colocated", "cluster.rollout.num_gpus=1"], "cluster.rollout.num_gpus"),
         ("rlhf", ["cluster=colocated", "cluster.policy.num_gpus=0.5"], "cluster.policy.num_gpus"),
         ("rlhf", ["cluster=colocated", "engine=deepspeed", "engine.zero_stage=3"], "engine.zero_stage"),

@@ -213,6 +213,9 @@ class ClusterConfig:
         pool: PoolConfig = getattr(self, first)
         if pool.num_gpus not in (0, 1):
             yield f"{first}.num_gpus", f"colocated workers share one device, not {pool.num_gpus:g}", "Set it to 1 or 0."
+        if self.rollout.fewest != self.rollout.num_workers or self.rollout.most != self.rollout.num_workers:
+            what = "colocated workers are as many as those with whom they share their devices"
+            yield "rollout.max_workers", what, "Leave min_workers and max_workers out."
         for name in others:
             for key in ("num_workers", "num_gpus", "placement"):
                 if getattr(getattr(self, name), key) != getattr(pool, key):

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmscale import distributed
 from llmscale.cluster.transports import Carrier
-from llmscale.errors import WeightMismatchError
+from llmscale.errors import DamagedWeightsError
 from llmscale.protocols import RolloutEngine, WeightBucket
 
 MAX_FETCHES = 3  # of one version
@@ -26,13 +26,13 @@ class Intake:
     def load_weights(self, version: int, parcel: Any) -> int:
         """Take weights up. Those that are not what was sent are fetched again; returns how often that was needed.
 
-        Raises: WeightMismatchError when they never are, or cannot be fetched twice.
+        Raises: DamagedWeightsError when they never are, or cannot be fetched twice.
         """
         for again in range(MAX_FETCHES):
             try:
                 self.engine.load_weights(version, self._flipped(self.carrier.receive(version, parcel)))
                 return again
-            except WeightMismatchError:
+            except DamagedWeightsError:
                 if again == MAX_FETCHES - 1 or not self.carrier.keeps:
                     raise
         raise AssertionError("unreachable")

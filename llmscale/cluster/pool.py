@@ -134,6 +134,12 @@ class Units:
         return [failed.result()] if failed is not None else [task.result() for task in self.tasks]
 
 
+def newest_of(task: Future[Any]) -> Future[Any]:
+    """The unit that made the task's result again, where that was lost with its node; else the task."""
+    newest: Future[Any] = getattr(task, "newest", task)
+    return newest
+
+
 @contextmanager
 def opened_pools(
     cluster: ClusterConfig,

@@ -79,7 +79,7 @@ class Publisher:
     def wait(self, at_most: int = 0) -> None:
         """Until no more than so many versions are on their way.
 
-        Raises: WeightMismatchError when what arrived is not what was sent, time and again.
+        Raises: DamagedWeightsError when what arrived is not what was sent, time and again.
         """
         while len(self.loading) > at_most:
             version, loaded = self.loading.popleft()

@@ -228,6 +228,10 @@ class RayPool(WorkerPool):
             self._refuse(call)
         raise Closed
 
+    def is_install(self, call: Call) -> bool:
+        """Whether it brings the newest state that every worker has to have."""
+        return (call.method, call.args) == self.installed
+
     def place_of(self, worker: RayWorker) -> tuple[int, int]:
         """A free local rank on the node of a worker that takes another's place, and how many of the pool are there."""
         others = {w.local_rank for w in self.workers if w is not worker and w.arrival.node == worker.arrival.node}
@@ -239,7 +243,7 @@ class RayPool(WorkerPool):
         with self.changed:
             worker.is_up = True
             self._excuse()
-            waits = any((call.method, call.args) == self.installed for call in worker.calls)
+            waits = any(map(self.is_install, worker.calls))
             return None if waits else self.installed
 
     def came(self, worker: RayWorker, cause: str | None, seconds: float) -> None:

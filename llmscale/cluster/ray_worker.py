@@ -63,6 +63,7 @@ class RayWorker:
             self.actor = self._new_actor()
         self.method, self.since_s, self.moved_s, self.inside = "", time.monotonic(), 0.0, ""
         self.raised: tuple[float, str] | None = None
+        self.refused: BaseException | None = None  # why it has not taken up the newest state
         self.thread = threading.Thread(target=self._serve, daemon=True)
 
     def build(self, size: int, local_rank: int, local_size: int, master: tuple[str, int]) -> ray.ObjectRef:
@@ -159,13 +160,19 @@ class RayWorker:
                     self.pool.put_back(call)
                 else:
                     call.set_exception(self.explained(error))
+                    if self.pool.is_install(call):
+                        self.refused = self.explained(error)
             except (Fault, Closed):
                 raise
             except Exception as error:  # what cannot be sent, for one: whoever waits for the call has to hear of it
                 call.set_exception(error)
             else:
+                if self.pool.is_install(call):
+                    self.refused = None
                 if rest is None:
                     call.set_result(result)
+                elif self.refused is not None:  # broken off for state that it has not taken up: without end, else
+                    call.set_exception(self.refused)
                 else:
                     call.args = [rest]
                     self.pool.put_back(call)

@@ -28,7 +28,7 @@ from torch import Tensor
 from llmscale import distributed
 from llmscale.checkpoint.durable import commit_directory, remove
 from llmscale.cluster.config import ClusterConfig, Transport
-from llmscale.errors import WeightMismatchError
+from llmscale.errors import DamagedWeightsError
 from llmscale.models.weights import bucket_of, fingerprint, pack
 from llmscale.protocols import WeightBucket
 
@@ -126,7 +126,7 @@ class Files:
             del bucket, weights  # else they would still be there while the next one is gathered
 
     def _read(self, path: str, source: str) -> WeightBucket:
-        """Raises: WeightMismatchError where the file is gone, cut off, or not what was written."""
+        """Raises: DamagedWeightsError where the file is gone, cut off, or not what was written."""
         try:
             with safe_open(path, framework="pt") as file:
                 told = file.metadata()
@@ -135,7 +135,7 @@ class Files:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             what = f"{path} cannot be read as it was written: {error}"
             fix = "Nothing was sampled with it; the same command resumes."
-            raise WeightMismatchError(what, where=source, fix=fix) from error
+            raise DamagedWeightsError(what, where=source, fix=fix) from error
 
 
 def new_carrier(cluster: ClusterConfig, run_dir: Path) -> Carrier:

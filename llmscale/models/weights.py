@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from llmscale.errors import WeightMismatchError
+from llmscale.errors import DamagedWeightsError, WeightMismatchError
 from llmscale.protocols import WeightBucket
 
 
@@ -70,7 +70,7 @@ def check_names(parameters: Mapping[str, Tensor], buckets: Sequence[WeightBucket
 
 
 def unpack(bucket: WeightBucket, source: str) -> dict[str, Tensor]:
-    """The weights of a bucket, where they lie. Raises: WeightMismatchError when they are not those that were published."""
+    """The weights of a bucket, where they lie. Raises: DamagedWeightsError when they are not those that were published."""
     weights = {name: _restore(array, bucket.dtypes[name]) for name, array in bucket.arrays.items()}
     _check_bits(weights, bucket, source)
     return weights
@@ -79,7 +79,7 @@ def unpack(bucket: WeightBucket, source: str) -> dict[str, Tensor]:
 def _check_bits(held: Mapping[str, Tensor], bucket: WeightBucket, source: str) -> None:
     found = fingerprint(held)
     if found != bucket.digest:
-        raise WeightMismatchError(
+        raise DamagedWeightsError(
             f"the weights held ({found}) are not those published ({bucket.digest})",
             where=source,
             fix="A bucket was damaged on its way. Nothing was sampled with it; the same command resumes.",

@@ -32,7 +32,9 @@ def staleness(trajectories: Sequence[Trajectory], updates: Mapping[int, int], no
     """int64 [N]: of each sample's oldest token, how many updates were done since. `updates`: how many were done when a version
     of the weights was published; `now`: how many are done. A sample without a token of the policy's has none: 0."""
     own = [t.weight_versions[t.loss_mask] for t in trajectories]
-    return np.array([now - min((updates[v] for v in set(o.tolist())), default=now) for o in own], dtype=np.int64)
+    before = min(updates.values(), default=now) - 1  # of versions that are forgotten, for they are too old
+    oldest = [min((updates.get(v, before) for v in set(o.tolist())), default=now) for o in own]
+    return now - np.array(oldest, dtype=np.int64)
 
 
 def age_metrics(ages: Mapping[int, int]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmscale.batch import Prompt, Trajectory
-from llmscale.cluster.pool import Units, WorkerPool
+from llmscale.cluster.pool import Units, WorkerPool, newest_of
 from llmscale.data.loader import micro_batches
 from llmscale.protocols import SamplingRequest, Score, State
 from llmscale.rollout.completion import continued, unsampled
@@ -35,6 +35,16 @@ class Unit:
 
     sampled: Future[list[Trajectory]]
     shown: Future[Shown]
+    show: Callable[[Future[list[Trajectory]]], Shown]
+
+    def __post_init__(self) -> None:
+        self.judged = self.sampled  # what they were shown
+
+    def show_again(self) -> None:
+        """Where samples were lost with their node and made again, perhaps by newer weights: what was said of the lost ones does
+        not hold of these."""
+        if (newest := newest_of(self.sampled)) is not self.judged:
+            self.judged, self.shown = newest, done(self.show(newest))
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,10 @@ class Taken:
 
     def trajectories(self) -> list[Trajectory]:
         """Waits until all are sampled, as the others wait for what they return."""
-        return self._of_units(lambda unit: unit.sampled)
+        found = self._of_units(lambda unit: unit.sampled)
+        for unit in {unit for unit, _ in self.places}:
+            unit.show_again()
+        return found
 
     def rewards(self) -> Rewards:
         return self._of_units(lambda unit: unit.shown.result()[0])
@@ -144,10 +157,10 @@ class Generation:
                 shown.set_exception(error)
 
         sampled.add_done_callback(show)
-        return Unit(sampled, shown)
+        return Unit(sampled, shown, self._show)
 
     def _known(self, trajectories: list[Trajectory]) -> Unit:
-        return Unit(done(trajectories), done(self._show(trajectories)))
+        return Unit(done(trajectories), done(self._show(trajectories)), self._show)
 
     def _show(self, sampled: Future[list[Trajectory]] | list[Trajectory]) -> Shown:
         rewards = self.pools["reward"].submit(RewardRole.score, sampled, instead=unjudged)

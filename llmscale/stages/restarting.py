@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.cluster.restarts import Restarts
-from llmscale.errors import WeightMismatchError, WorkerLostError
+from llmscale.errors import DamagedWeightsError, WorkerLostError
 from llmscale.stages.config import StageConfig
 from llmscale.tracking.jsonl import append_event
 from llmscale.training.stop import signals
@@ -23,7 +23,7 @@ def restarting(
     while True:
         try:
             return attempt()
-        except (WorkerLostError, WeightMismatchError) as error:
+        except (WorkerLostError, DamagedWeightsError) as error:
             if signals.received:  # whoever ends the whole job may have signalled the workers too
                 raise KeyboardInterrupt from error
             said = last_words() or error.fix

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmscale.errors import Requeue, WeightMismatchError, WorkerLostError
+from llmscale.errors import DamagedWeightsError, Requeue, WorkerLostError
 from llmscale.tracking.config import TrackingConfig, WandbMode
 from llmscale.tracking.console import ConsoleTracker
 from llmscale.tracking.jsonl import JsonlTracker
@@ -96,7 +96,7 @@ def finishing(tracker: Tracker) -> Iterator[None]:
     except Requeue:
         status = "stopped"
         raise
-    except (WorkerLostError, WeightMismatchError):
+    except (WorkerLostError, DamagedWeightsError):
         status = "lost"
         raise
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from llmscale.cluster.pool import WorkerPool, opened_pools
 from llmscale.errors import DataError, WorkerError, WorkerLostError
 
 LIMIT_S = 5.0
+MANY = 60  # versions that a unit writes, three seconds
 
 
 class Keeper:
@@ -34,8 +35,8 @@ class Keeper:
         self.announced = version
 
     def write(self, begun: list[int]) -> list[int]:
-        """Twenty versions, one after another, unless a newer one is announced."""
-        while len(begun) < 20 and self.announced <= self.version:
+        """Many versions, one after another, unless a newer one is announced."""
+        while len(begun) < MANY and self.announced <= self.version:
             time.sleep(0.05)
             begun = [*begun, self.version]
         return begun
@@ -108,7 +109,7 @@ def test_units_are_broken_off_for_new_state_and_go_on_with_it(
 ) -> None:
     pool = healing[0]["rollout"]
     pool.install(Keeper.hold, 10).wait()
-    rest = lambda begun, written: written if len(written) < 20 else None  # noqa: E731
+    rest = lambda begun, written: written if len(written) < MANY else None  # noqa: E731
     units = [pool.submit(Keeper.write, [n], rest=rest) for n in range(3)]
     while not all(d.method == "write" for d in pool.doing()):
         time.sleep(0.01)
@@ -120,8 +121,26 @@ def test_units_are_broken_off_for_new_state_and_go_on_with_it(
     pool.aside(Keeper.announce, 11)  # late, it changes nothing
     first, second, third = [unit.result() for unit in units]
     for n, written in enumerate([first, second]):
-        assert written == [n, *sorted(written[1:])] and len(written) == 20 and set(written[1:]) == {10, 11}
-    assert third == [2, *[11] * 19], "the units that were broken off went on before it began"
+        assert written == [n, *sorted(written[1:])] and len(written) == MANY and set(written[1:]) == {10, 11}
+    assert third == [2, *[11] * (MANY - 1)], "the units that were broken off went on before it began"
+
+
+def test_what_is_broken_off_for_state_that_nobody_takes_up_is_told_why(
+    healing: tuple[Mapping[str, WorkerPool], Events],
+) -> None:
+    """Else it would be broken off again and again."""
+    pool = healing[0]["rollout"]
+    rest = lambda begun, written: written if len(written) < MANY else None  # noqa: E731
+    nearly = [0] * (MANY - 2)
+    pool.install(Keeper.hold, 20).wait()
+    with pytest.raises(DataError, match="20 offered where 20 is held"):
+        pool.install(Keeper.hold, 20).wait()
+    pool.aside(Keeper.announce, 21)
+    with pytest.raises(DataError, match="20 offered where 20 is held"):
+        while pool.submit(Keeper.write, nearly, rest=rest).result():  # the announcement is on its way
+            continue
+    pool.install(Keeper.hold, 21).wait()
+    assert pool.submit(Keeper.write, nearly, rest=rest).result() == [*nearly, 21, 21]
 
 
 def test_a_unit_that_kills_three_workers_is_set_aside(healing: tuple[Mapping[str, WorkerPool], Events]) -> None:

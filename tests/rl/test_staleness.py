@@ -36,6 +36,9 @@ def test_a_sample_is_as_old_as_its_oldest_token() -> None:
     silent = trajectory([3, 4], [0, 0])
     updates = {7: 3, 12: 5}  # versions go on counting over restarts, updates do not
     assert staleness([mixed, silent, trajectory([3, 4], [0, 1], version=12)], updates, now=6).tolist() == [3, 0, 1]
+    assert staleness([trajectory([3, 4], [0, 1], version=2)], updates, now=6).tolist() == [4], (
+        "a version that is forgotten"
+    )
     assert age_metrics({4: 1, 5: 2}) == {"rollout/staleness": 1.5, "rollout/staleness_max": 2.0}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmscale.stages.generation import Unit, done
 from llmscale.stages.inspection import account
 from tests.stages.runs import records
 from tests.stages.simulated import PROMPTS, Simulation
@@ -76,3 +78,20 @@ def test_what_is_trained_depends_on_no_schedule(tmp_path: Path) -> None:
     taken = [[(step, draw) for step, draw, _ in run.trained] for run in runs]
     assert all(other == taken[0] for other in taken)
     assert len(PROMPTS.train) < len({draw for _, draw in taken[0]})
+
+
+def test_what_was_lost_and_made_again_is_judged_again() -> None:
+    """Newer weights made it, perhaps: the scores of what was lost are not its own."""
+
+    class Made(Future):
+        newest: Future
+
+    first, again = Made(), done(["new"])
+    first.set_result(["old"])
+    first.newest = first
+    unit = Unit(first, done(("scores of", first)), lambda samples: ("scores of", samples))
+    unit.show_again()
+    assert unit.shown.result() == ("scores of", first)
+    first.newest = again
+    unit.show_again()
+    assert unit.shown.result() == ("scores of", again)

@@ -21,6 +21,7 @@ from tests.stages.test_on_ray import command
 
 LONGER = ["training.num_steps=12", "training.save_every_steps=4", "training.eval_every_steps=6"]
 POOLS = ["cluster=ray", "cluster.rollout.num_workers=2", "cluster.answer_timeout_s=5"]
+UNHURRIED = "cluster.answer_timeout_s=30"  # where nobody hangs
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,8 @@ def test_damaged_weights_and_a_full_disk_change_nothing(
         "chaos.corrupt=true",
         "chaos.fill=true",
     ]
-    with disturbed(chain, tmp_path, *faults, f"run.dir={small_disk}", "training.save_every_steps=2") as run:
+    own = [f"run.dir={small_disk}", "training.save_every_steps=2", UNHURRIED]
+    with disturbed(chain, tmp_path, *faults, *own) as run:
         run.run_dir = small_disk / "demo" / "rlhf"
         run.finish()
         assert_undisturbed(run.run_dir, in_one_process)
@@ -188,7 +190,12 @@ def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, t
     own = ["reward=function", f"reward.path={tmp_path}/mine.py:reward", f"critic.path={chain}/demo/sft"]
     succeed(arguments("rlhf", tmp_path / "one", *from_chain("rlhf", chain), *LONGER, *own), tmp_path / "one.log")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "resources": seat, "include_dashboard": False})
-    elastic = [f"cluster.address={nodes.address}", "cluster.rollout.num_workers=1", "cluster.rollout.max_workers=2"]
+    elastic = [
+        UNHURRIED,
+        f"cluster.address={nodes.address}",
+        "cluster.rollout.num_workers=1",
+        "cluster.rollout.max_workers=2",
+    ]
     (tmp_path / "two").mkdir()
     try:
         with disturbed(chain, tmp_path / "two", *own, *elastic, "cluster.rollout.resources={seat: 1}") as run:
@@ -215,7 +222,7 @@ def test_damaged_weights_that_cannot_be_fetched_again_take_the_run_back(
     chain: Path, in_one_process: Path, tmp_path: Path
 ) -> None:
     """What was broadcast is gone. The seed: one fault as soon as the workers are up, the next one after the end."""
-    faults = ["chaos=faults", "chaos.seed=2027", "chaos.every_s=10", "chaos.corrupt=true"]
+    faults = ["chaos=faults", "chaos.seed=688", "chaos.every_s=300", "chaos.corrupt=true"]
     with disturbed(chain, tmp_path, *faults, "cluster.transport=broadcast") as run:
         run.finish()
         assert_undisturbed(run.run_dir, in_one_process)

@@ -118,7 +118,7 @@ def test_an_asynchronous_run_killed_and_finished_has_every_draw_once(chain: Path
     paths = [f"model.path={chain}/demo/sft", f"reward.path={chain}/demo/reward", "training.num_steps=10"]
     pools = ["cluster=ray", "cluster.rollout.num_workers=2"]
     argv = arguments("rlhf", tmp_path, *paths, *pools, "training.max_staleness=2", "rollout.unit_size=4")
-    argv += ["rollout.on_update=abort", "rollout.max_new_tokens=40", "data.max_seq_len=80"]
+    argv += ["rollout.on_update=abort", "rollout.max_new_tokens=80", "data.max_seq_len=120"]
     argv.remove("cluster=local")
     run_dir, log = tmp_path / "demo" / "rlhf", tmp_path / "log"
     interrupt(argv, log, lambda: (run_dir / "checkpoints" / "step-000004").exists(), signal.SIGKILL)

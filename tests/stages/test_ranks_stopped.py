@@ -34,13 +34,14 @@ def test_all_ranks_stop_at_the_step_that_one_was_told(chain: Path, undisturbed: 
 
 def test_a_rank_that_is_gone_during_a_save_is_not_waited_for(chain: Path, tmp_path: Path) -> None:
     """Rank 0 writes in the background, and waits there for the other's part, when its own collective has no answer."""
-    argv = ranks_arguments(chain, tmp_path, "cluster.collective_timeout_s=5")
+    rarely = ["training.num_steps=2000", "training.save_every_steps=200"]  # the next save would wait for this one
+    argv = ranks_arguments(chain, tmp_path, "cluster.collective_timeout_s=20", *rarely)
     ranks = Ranks([*argv, "--plugin", "tests.stages.slow_disk"], tmp_path)
     try:
         checkpoints = tmp_path / "demo" / "sft" / "checkpoints"
         ranks.until(lambda: any(checkpoints.glob("*/.written-00000")))
         ranks.processes[1].send_signal(signal.SIGSTOP)
-        assert ranks.processes[0].wait(60) == 1, ranks.said()
+        assert ranks.processes[0].wait(120) == 1, ranks.said()
         assert "error: trainer 0: lost contact with the other ranks" in ranks.logs[0].read_text()
     finally:
         ranks.kill()
