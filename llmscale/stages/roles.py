@@ -250,6 +250,8 @@ class RolloutRole(Colocatable, Intake):
     def generate(self, requests: Sequence[SamplingRequest]) -> list[Trajectory]:
         assert not self.asleep, "it is the shift of others"
         begun = [request.begun for request in requests]  # where the unit has been interrupted
+        if not any(begun):
+            return self.engine.generate(requests)  # of a beam search several for each
         going = [r for r, t in zip(requests, begun, strict=True) if t is None or t.interrupted]
         made = iter(self.engine.generate(going))
         return [next(made) if t is None or t.interrupted else t for t in begun]

@@ -17,6 +17,7 @@ from llmscale.errors import ClusterError
 from tests.cluster.test_healing import Events, Keeper
 
 PATIENCE_S = 120.0  # on a busy machine
+LOOPBACK = {"node_ip_address": "127.0.0.1"}
 SEAT = {"seat": 1.0}  # a worker takes one, a node has one
 
 
@@ -26,8 +27,9 @@ def ray_nodes() -> Iterator[Any]:
 
     from llmscale.cluster.environment import set_ray_environment
 
-    set_ray_environment(own_cluster=False)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": SEAT, "include_dashboard": False})
+    set_ray_environment(own_cluster=True)
+    head = LOOPBACK | {"num_cpus": 2, "resources": SEAT, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     yield nodes
     nodes.shutdown()
 
@@ -58,7 +60,7 @@ def test_workers_come_with_nodes_and_go_with_them(ray_nodes: Any, tmp_path_facto
         assert len(pool.members) == 1
         pool.install(Keeper.hold, 1).wait()
         units = pool.units(Keeper.add, [(n, 1) for n in range(40)])
-        node = ray_nodes.add_node(num_cpus=2, resources=SEAT)
+        node = ray_nodes.add_node(num_cpus=2, resources=SEAT, **LOOPBACK)
         wait_until(lambda: len(of("worker_joined")) == 2)
         assert units.wait() == [(n + 100, 1) for n in range(40)]
         pids = pool.call(Keeper.pid).wait()

@@ -244,10 +244,13 @@ def test_a_file_that_is_cut_off_or_gone_is_told(in_ray: Mapping[str, WorkerPool]
         carrier.receive(7, [path])
 
 
-def one_at_a_time() -> Iterator[dict[str, torch.Tensor]]:
+def one_at_a_time(patience_s: float = 0.0) -> Iterator[dict[str, torch.Tensor]]:
     """Three buckets, each of which is made only when the one before is gone."""
     made: list[weakref.ref] = []
     for number in range(3):
+        deadline = time.monotonic() + patience_s
+        while any(array() is not None for array in made) and time.monotonic() < deadline:
+            time.sleep(0.01)  # gloo's own thread lets go a moment after it has said that it is done
         assert not any(array() is not None for array in made), f"the buckets before {number} are still held"
         array = np.full(1000, number, dtype=np.float32)
         made.append(weakref.ref(array))
@@ -263,7 +266,7 @@ def test_the_sender_holds_one_bucket(
     backend = Backend.local if transport is Transport.direct else Backend.ray
     cluster = ClusterConfig(backend, transport=transport, collective_timeout_s=60)
     with Meetings(cluster).meeting(1, ["the sender alone"], []) as meeting:
-        new_carrier(cluster, tmp_path).send(1, one_at_a_time(), dtype, meeting)
+        new_carrier(cluster, tmp_path).send(1, one_at_a_time(patience_s=5.0), dtype, meeting)
     with pytest.raises(AssertionError, match="the buckets before 1 are still held"):
         list(one_at_a_time())  # else the test could not fail
 

@@ -185,11 +185,16 @@ def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, t
     """One rollout worker, two, one; the reward keeps the run from being over before a node has come."""
     from ray.cluster_utils import Cluster
 
+    from llmscale.cluster.environment import set_ray_environment
+
     (tmp_path / "mine.py").write_text(GATE)
     closed, seat = tmp_path / "closed", {"seat": 1.0}
     own = ["reward=function", f"reward.path={tmp_path}/mine.py:reward", f"critic.path={chain}/demo/sft"]
     succeed(arguments("rlhf", tmp_path / "one", *from_chain("rlhf", chain), *LONGER, *own), tmp_path / "one.log")
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "resources": seat, "include_dashboard": False})
+    set_ray_environment(own_cluster=True)
+    loopback = {"node_ip_address": "127.0.0.1"}
+    head = loopback | {"num_cpus": 8, "resources": seat, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     elastic = [
         UNHURRIED,
         f"cluster.address={nodes.address}",
@@ -201,7 +206,7 @@ def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, t
         with disturbed(chain, tmp_path / "two", *own, *elastic, "cluster.rollout.resources={seat: 1}") as run:
             run.until_step(3)
             closed.touch()
-            node = nodes.add_node(num_cpus=2, resources=seat)
+            node = nodes.add_node(num_cpus=2, resources=seat, **loopback)
             run.until(lambda: len(run.events("worker_joined")) == 2)
             closed.unlink()
             run.until_step(7)
