@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llmscale.cluster.config import Backend, ClusterConfig, RolloutPoolConfig, Transport
+from llmscale.cluster.environment import set_ray_environment
 from llmscale.cluster.placement import Group, check
 from llmscale.cluster.pool import opened_pools
 from llmscale.errors import ClusterError
@@ -23,11 +24,9 @@ SEAT = {"seat": 1.0}  # a worker takes one, a node has one
 
 @pytest.fixture(scope="module")
 def ray_nodes() -> Iterator[Any]:
+    set_ray_environment(own_cluster=True)  # before Ray is imported
     from ray.cluster_utils import Cluster
 
-    from llmscale.cluster.environment import set_ray_environment
-
-    set_ray_environment(own_cluster=True)
     head = LOOPBACK | {"num_cpus": 2, "resources": SEAT, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=head)
     yield nodes

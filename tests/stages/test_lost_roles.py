@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from llmscale.cluster.environment import set_ray_environment
 from tests.stages.runs import DEADLINE_S, arguments, from_chain, num_lines, records, succeed
 from tests.stages.test_lost_workers import assert_nothing_left, assert_undisturbed, wait_until
 from tests.stages.test_on_ray import command
@@ -152,11 +153,11 @@ def test_damaged_weights_and_a_full_disk_change_nothing(
         "chaos=faults",
         "chaos.seed=83",
         "chaos.every_s=1",
-        "chaos.delay_s=3",
+        "chaos.delay_s=10",  # a checkpoint falls into it, however slow the machine
         "chaos.corrupt=true",
         "chaos.fill=true",
     ]
-    own = [f"run.dir={small_disk}", "training.save_every_steps=2", UNHURRIED]
+    own = [f"run.dir={small_disk}", "training.save_every_steps=1", UNHURRIED]
     with disturbed(chain, tmp_path, *faults, *own) as run:
         run.run_dir = small_disk / "demo" / "rlhf"
         run.finish()
@@ -183,15 +184,13 @@ def reward(prompt, completion, fields):
 @pytest.mark.slow  # the parts are in tests/cluster/test_elastic.py
 def test_workers_that_come_and_go_with_their_nodes_change_nothing(chain: Path, tmp_path: Path) -> None:
     """One rollout worker, two, one; the reward keeps the run from being over before a node has come."""
+    set_ray_environment(own_cluster=True)  # before Ray is imported
     from ray.cluster_utils import Cluster
-
-    from llmscale.cluster.environment import set_ray_environment
 
     (tmp_path / "mine.py").write_text(GATE)
     closed, seat = tmp_path / "closed", {"seat": 1.0}
     own = ["reward=function", f"reward.path={tmp_path}/mine.py:reward", f"critic.path={chain}/demo/sft"]
     succeed(arguments("rlhf", tmp_path / "one", *from_chain("rlhf", chain), *LONGER, *own), tmp_path / "one.log")
-    set_ray_environment(own_cluster=True)
     loopback = {"node_ip_address": "127.0.0.1"}
     head = loopback | {"num_cpus": 8, "resources": seat, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=head)
