@@ -23,13 +23,14 @@ BUCKET_BYTES = 256 << 20  # of gathered weights held at once
 class VersionCounter:
     """Versions that never repeat, over restarts either: the highest one is on disk before it is used."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, waited: Callable[[float], None] = lambda seconds: None):
+        """`waited` is told of seconds in which the disk was full."""
+        self.path, self.waited = path, waited
         self.value = int(path.read_text()) if path.exists() else 0
 
     def next(self) -> int:
         self.value += 1
-        patiently(lambda: atomic_write_text(self.path, f"{self.value}\n"), self.path.parent)
+        patiently(lambda: atomic_write_text(self.path, f"{self.value}\n"), self.path.parent, self.waited)
         return self.value
 
 
@@ -37,9 +38,9 @@ class Publisher:
     """The driver's part: it numbers the versions and sees that each is held by every rollout worker, by one call to each."""
 
     def __init__(self, cluster: ClusterConfig, run_dir: Path, event: Event = lambda kind, **details: None):
-        """`event` is told of weights that had to be fetched again."""
+        """`event` is told of weights that had to be fetched again, and of waits for space on the disk."""
         self.run_dir, self.event = run_dir, event
-        self.versions = VersionCounter(run_dir / "weight_version")
+        self.versions = VersionCounter(run_dir / "weight_version", self._waited)
         self.carrier = new_carrier(cluster, run_dir)
         self.meetings = Meetings(cluster) if cluster.carried_by is Transport.broadcast else None
         self.loading: deque[tuple[int, Pending]] = deque()  # versions that workers have not been seen to take yet

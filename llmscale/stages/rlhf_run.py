@@ -89,9 +89,10 @@ class RlhfRun:
             if self.replay is not None:
                 tracker.event("replay", **self.terms)
             last = checkpoint.step if checkpoint else 0
-            self.draws = RecordFile(self.directory.path / DRAWS, lambda record: record["step"] <= last)
+            is_kept = lambda record: record["step"] <= last  # noqa: E731
+            self.draws = RecordFile(self.directory.path / DRAWS, is_kept, tracker.event)
             if self.config.record:
-                self.recording = RecordFile(self.directory.path / COMPLETIONS, lambda record: record["step"] <= last)
+                self.recording = RecordFile(self.directory.path / COMPLETIONS, is_kept, tracker.event)
             with self.pools() as pools:
                 self.train_on(pools, checkpoint)
             verdict = self.look_for_overoptimisation()

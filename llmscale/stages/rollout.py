@@ -77,7 +77,8 @@ class BatchInference:
     def sample_from(self, done: int, tracker: Tracker) -> None:
         """Every step after the first `done`, whose lines alone stay in the file."""
         kept = iter(range(done * self.config.rollout.unit_size))
-        with closing(RecordFile(self.directory.path / COMPLETIONS, lambda _: next(kept, None) is not None)) as file:
+        is_kept = lambda _: next(kept, None) is not None  # noqa: E731
+        with closing(RecordFile(self.directory.path / COMPLETIONS, is_kept, tracker.event)) as file:
             if done == self.num_steps:
                 return
             with opened_roles(self.config, self.directory, self.roles, tracker) as pools, signals.deferred():

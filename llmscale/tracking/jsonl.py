@@ -41,42 +41,43 @@ class JsonlTracker:
         def is_kept(record: Mapping[str, Any]) -> bool:
             return bool(record.get("step", -1) <= resume_step)
 
-        self._files = {name: RecordFile(directory / name, is_kept) for name in (METRICS, SAMPLES)}
-        self._files[EVENTS] = RecordFile(directory / EVENTS)
+        self._files = {name: RecordFile(directory / name, is_kept, self.event) for name in (METRICS, SAMPLES)}
+        self._files[EVENTS] = RecordFile(directory / EVENTS, event=self.event)
         dropped = {name: file.num_dropped for name, file in self._files.items()}
         if any(dropped.values()):
             self.event("records_cut", resume_step=resume_step, metrics=dropped[METRICS], samples=dropped[SAMPLES])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._append(METRICS, [{"step": step, "time_s": _now_s(), **metrics}])
+        self._files[METRICS].append([{"step": step, "time_s": _now_s(), **metrics}])
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        self._append(SAMPLES, [{"step": step, "time_s": _now_s(), **record} for record in records])
+        self._files[SAMPLES].append([{"step": step, "time_s": _now_s(), **record} for record in records])
 
     def event(self, kind: str, **details: Any) -> None:
-        self._append(EVENTS, [{"time_s": _now_s(), "kind": kind, **details}])
+        self._files[EVENTS].append([{"time_s": _now_s(), "kind": kind, **details}])
 
     def finish(self, status: str) -> None:
         self.event("finished", status=status)
         for file in self._files.values():
             file.close()
 
-    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        if waited_s := self._files[name].append(records):
-            self.event("disk_full", at=name, seconds=waited_s)
-
 
 class RecordFile:
     """A file of JSON lines to append to, from any thread; what was appended has reached the operating system when the call
     returns, and the disk after `sync` or `close`. Opened again, it loses half a record at its end and every record that is
-    not `is_kept`.
+    not `is_kept`. `event` is told of waits for space on the disk.
 
     Raises: DiskFullError when there was no space for too long, RunError when it cannot be written, DataError when it is damaged
     before its last line.
     """
 
-    def __init__(self, path: Path, is_kept: Callable[[Mapping[str, Any]], bool] = lambda record: True):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        is_kept: Callable[[Mapping[str, Any]], bool] = lambda record: True,
+        event: Callable[..., None] = lambda kind, **details: None,
+    ):
+        self.path, self.event = path, event
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,18 +87,18 @@ class RecordFile:
         except OSError as error:
             raise self._not_writable(error) from error
 
-    def append(self, records: Iterable[Mapping[str, Any]]) -> float:
-        """Returns how many seconds it had to wait for space on the disk."""
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         # A lone surrogate in decoded text becomes its \u escape, which is what JSON wants.
         lines = "".join(_to_line(record) for record in records).encode("utf-8", "backslashreplace")
-        waited = [0.0]
+        waited: list[float] = []
         try:
             with self._lock:
                 self._pending += lines
                 patiently(self._write, self.path.parent, waited.append)
         except OSError as error:
             raise self._not_writable(error) from error
-        return waited[-1]
+        for seconds in waited:
+            self.event("disk_full", at=self.path.name, seconds=seconds)
 
     def sync(self) -> None:
         try:
