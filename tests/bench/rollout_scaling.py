@@ -4,7 +4,8 @@
     python -m tests.bench.rollout_scaling real           1 and 2 workers of rollout=hf, a thread each
 
 An engine of fixed rate sleeps where others compute, so that what is lost is lost by the driver, by Ray, or by workers that wait
-for the last one. Efficiency is the time of one worker / (N x the time of N), medians over rounds in turns. The driver's cost is the processor time of all threads of its process.
+for the last one. Efficiency is the time of one worker / (N x the time of N), medians over rounds in turns. The driver's cost is
+the processor time of all threads of its process.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -118,9 +117,6 @@ def scaling(role: type, sizes: Sequence[int], num_prompts: int, rounds: int) -> 
         speedup = base / took
         cost = median(costs[size])
         print(f"| {size} | {took:.2f} | {speedup:.2f} | {100 * speedup / size:.1f}% | {cost:.2f} |")
-
-
-def _new_actor(self) -> Any:
 
 
 def main() -> None:
