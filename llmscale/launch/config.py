@@ -157,7 +157,7 @@ class KubernetesLaunch(NodesLaunch):
     context: str | None = None  # of the kubeconfig; null: the current one
     namespace: str = "llmscale"
     volume: str = "llmscale-runs"  # a PersistentVolumeClaim that many nodes may write to
-    folder: str = "/work"  # where the pods have it, and work: relative paths of the command lie there
+    folder: str = "/llmscale"  # where the pods have it, and work: relative paths of the command lie there
     secrets: str | None = None  # a Secret; its entries are variables in the environment of every pod
     queue: str | None = None  # a LocalQueue of Kueue
     service_account: str | None = None  # null: the namespace's default one; its token is in no pod
@@ -180,7 +180,7 @@ class KubernetesLaunch(NodesLaunch):
         if not self.image or any(c.isspace() for c in self.image):
             yield "image", f"{self.image!r} names no image", "Write registry/name:tag or registry/name@sha256:..."
         if not self.folder.startswith("/") or self.folder.strip("/") in ("", "tmp", "dev/shm") or ":" in self.folder:
-            yield "folder", f"{self.folder!r} is no place for a volume", "Write an absolute path, such as /work."
+            yield "folder", f"{self.folder!r} is no place for a volume", "Write an absolute path, such as /llmscale."
         for label, value in self.node_selector.items():
             if not _LABEL.fullmatch(label) or not _LABEL_VALUE.fullmatch(value):
                 yield "node_selector", f"{label}={value} is no label", "`kubectl get nodes --show-labels` lists them."

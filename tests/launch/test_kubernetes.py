@@ -311,5 +311,5 @@ def test_the_plan_names_the_place_on_the_volume(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     planned = json.loads(llmscale("submit", *WORDS, "launch.mem_per_node=4Gi", "--dry-run", "--json"))
-    assert planned["files"]["run_dir"] == "/work/runs/demo/rlhf" and planned["nodes"] == 5
+    assert planned["files"]["run_dir"] == "/llmscale/runs/demo/rlhf" and planned["nodes"] == 5
     assert planned["per_node"]["memory"] == "4Gi" and not list(tmp_path.iterdir())

@@ -85,7 +85,7 @@ LAUNCHES = st.builds(
     image=st.sampled_from([IMAGE, "llmscale:0.1.0"]),
     namespace=NAMES,
     volume=NAMES,
-    folder=st.sampled_from(["/work", "/mnt/runs"]),
+    folder=st.sampled_from(["/llmscale", "/mnt/runs"]),
     secrets=st.none() | NAMES,
     queue=st.none() | NAMES,
     service_account=st.none() | NAMES,
@@ -182,7 +182,7 @@ def test_a_role_has_a_group_with_its_resource_and_the_head_has_no_work() -> None
     assert found["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     words = shlex.split(found["spec"]["entrypoint"])
     assert {"cluster.policy.resources={policy: 1}", "cluster.rollout.resources={rollout: 1}"} <= set(words)
-    assert words[-1] == "cluster.address=auto" and words[3:6] == ["run", "/work/runs/default/rlhf", "3"]
+    assert words[-1] == "cluster.address=auto" and words[3:6] == ["run", "/llmscale/runs/default/rlhf", "3"]
 
 
 def test_where_nothing_is_said_each_role_has_a_group_and_colocated_ones_share_one() -> None:
@@ -257,7 +257,7 @@ def test_an_image_is_needed_and_a_run_is_on_the_volume() -> None:
         with pytest.raises(ConfigError) as caught:
             made("pretrain", [*PRETRAIN, f"run.dir={folder}"])
         assert caught.value.where == "run.dir" and "launch.folder" in str(caught.value.fix)
-    made("pretrain", [*PRETRAIN, "run.dir=/work/mine"])
+    made("pretrain", [*PRETRAIN, "run.dir=/llmscale/mine"])
 
 
 # ---------------------------------------------------------------- the validator itself, and the examples
